@@ -1,0 +1,47 @@
+"""The one exception whose message is meant for the person at the keyboard.
+
+It lives in the lowest room because every room raises it and imports run one way.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend: printed without a traceback, exit code 1.
+
+    what: what is wrong, with the value. why: the rule it breaks. hint: what to write instead.
+    where: `file:line` or any place the user can open.
+    """
+
+    def __init__(self, what: str, *, why: str = "", hint: str = "", where: str = "") -> None:
+        self.what, self.why, self.hint, self.where = what, why, hint, where
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        body = f"{head} ({self.why})" if self.why else head
+        return f"{body}\n  hint: {self.hint}" if self.hint else body
+
+
+class UserErrors(UserError):
+    """Several mistakes found in one go, one paragraph each."""
+
+    def __init__(self, errors: Iterable[UserError]) -> None:
+        self.errors = list(errors)
+        Exception.__init__(self, self.render())
+
+    def render(self) -> str:
+        return "\n".join(error.render() for error in self.errors)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` or the list of what is known: the tail of every unknown-name error."""
+    names = sorted(str(k) for k in known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.55)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+    return f"known: {shown}" if shown else "nothing is known here"

@@ -20,6 +20,10 @@ class LeaseLost(Exception):
     """This worker group no longer owns the stage (another driver took it over): stop, write nothing."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop and the stage saved what it had: it goes on from there next time, no attempt is counted."""
+
+
 class Cache:
     """Per-process least-recently-used cache by content identity: models, decoded questions. Bounded in bytes."""
 
@@ -63,6 +67,9 @@ class Context:
     """Appends one metrics record (keys `step`, `train/loss`, ...) to the stage's local file. Rank 0's counts."""
     guard: Callable[[], None] = lambda: None
     """Raises LeaseLost if another driver owns the stage now. Called before every durable write."""
+    stopping: Callable[[int], bool] = lambda step: False
+    """Training calls it on every rank after every optimiser step with the steps done so far. True, at the same step on all
+    ranks, once the run was asked to stop: save a checkpoint and raise Interrupted."""
     cache: Cache = field(default_factory=Cache)
     marks: dict[str, float] = field(default_factory=dict)
 

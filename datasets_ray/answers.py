@@ -1,0 +1,209 @@
+"""What a model's answer to a multiple-choice question says: answer text and options → a letter, `Z` (a refusal) or nothing.
+
+A *rule* is a published way of reading answers, reproduced exactly and named with the version it was read from; what differs
+on purpose is written in `Rule.deviations`. No rule ever guesses: what it can't read is `None`, and the score counts it as invalid.
+
+    python -m datasets_ray.answers --rule vlmevalkit < cases.jsonl     {"answer": "B.", "options": {"A": "cat", "B": "dog"}} a line in,
+                                                                       {"letter": "B"} (or null) a line out
+    python -m datasets_ray.answers --list                              the rules, their sources and deviations
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import string
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from datasets_ray.errors import UserError, nearest, run_command
+
+LETTERS = string.ascii_uppercase
+REFUSED = "Z"
+"""What VLMEvalKit calls a refusal. Never an option's letter unless 26 options are shown."""
+
+Options = Mapping[str, str]
+"""Letter → option text, in the order shown: {"A": "Beagle", "B": "Boxer"}."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One documented way to read an answer."""
+
+    name: str
+    source: str
+    """Repository, file and commit that the rule was read from."""
+    reads: str
+    """The rule in a sentence."""
+    deviations: tuple[str, ...]
+    """Where we differ from the source on purpose, each in a sentence."""
+    read: Callable[[str, Options], str | None]
+
+
+def _strict(text: str, options: Options) -> str | None:
+    letter = text.strip()
+    return letter if letter in options else None
+
+
+_PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_ANSWER_IS = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
+
+
+def _vlmevalkit_option(text: str, options: Options) -> str | None:
+    if "Failed to obtain answer via API" in text:
+        return None
+    if any(refusal in text for refusal in _REFUSALS):
+        return REFUSED
+    words = text.translate(_PUNCTUATION).split()
+    present = [letter for letter in options if letter in words]
+    if len(present) == 1:
+        if words.index(present[0]) > len(words) - 5:
+            return present[0]
+    elif not present and REFUSED in words:
+        return REFUSED
+    found = _ANSWER_IS.search(text)
+    if found and found.group(1).upper() in options:
+        return found.group(1).upper()
+    return None
+
+
+def _vlmevalkit_text(text: str, options: Options) -> str | None:
+    lowered = text.lower()
+    if len(lowered) > 2 * sum(len(option) for option in options.values()):
+        return None
+    named = [letter for letter, option in options.items() if option.lower() in lowered]
+    return named[0] if len(named) == 1 else None
+
+
+def _vlmevalkit(text: str, options: Options) -> str | None:
+    return _vlmevalkit_option(text, options) or _vlmevalkit_text(text, options)
+
+
+def _foci(text: str, options: Options) -> str | None:
+    lowered = text.lower()
+    return next((letter for letter in options if lowered.startswith(letter.lower())), None)
+
+
+def _lmms(text: str, options: Options) -> str | None:
+    answer = text.strip()
+    whole = answer.upper()
+    if len(answer) == 1 and whole in options:
+        return whole
+    if len(answer) >= 2 and answer[0].isupper() and answer[1] == "." and answer[0] in options:
+        return answer[0]
+    return None
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            "strict",
+            "finegrid",
+            "the option's capital letter and nothing else but white space around it",
+            (),
+            _strict,
+        ),
+        Rule(
+            "vlmevalkit",
+            "open-compass/VLMEvalKit vlmeval/utils/matching_util.py can_infer, commit e8e78f05 (2026-08-18, with pull requests 1175, 1552)",
+            "refusals are Z; one option letter as a word of its own, first seen among the last four words; "
+            "'answer is X'; else the one option text that the answer contains",
+            (
+                "the environment variable VERBOSE, with which the source rejects an 'A' among four words and more, is not read",
+                "the option texts passed in are not lower-cased in place (no later step of ours reads them)",
+                "what can't be inferred is invalid: no judge model, no random letter",
+            ),
+            _vlmevalkit,
+        ),
+        Rule(
+            "foci",
+            "gregor-ge/FOCI-Benchmark benchmark/evaluate.py parse_generated_prediction, commit d639d4b4 (2024-06-21)",
+            "the first option letter that the answer starts with, in either case (so 'Beagle' is read as B)",
+            ("the letters tried are those of the options shown; the source tries A to D unless told otherwise",),
+            _foci,
+        ),
+        Rule(
+            "lmms",
+            "EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks/scienceqa/utils.py sqa_process_results, commit 75571cfe (2026-08-06)",
+            "the letter alone in either case, or a capital letter and a full stop at the start",
+            ("the source only says right or wrong; a letter that isn't an option's is no answer here",),
+            _lmms,
+        ),
+    )
+}
+
+
+def rule_named(name: str) -> Rule:
+    """The rule of this name. Raises UserError with the nearest known name."""
+    if name not in RULES:
+        raise UserError(f"unknown answer rule {name!r}", hint=nearest(name, RULES))
+    return RULES[name]
+
+
+def extract(rule: str, text: str, options: Options) -> str | None:
+    """The letter that `rule` reads in `text`: one of `options`' letters, `Z` for a refusal, None when it can't be read."""
+    return rule_named(rule).read(text, options)
+
+
+def lettered(options: Sequence[str]) -> dict[str, str]:
+    """Options in the order shown → {"A": first, "B": second, ...}. At most 26."""
+    if len(options) > len(LETTERS):
+        raise UserError(f"{len(options)} options", why=f"a question has at most {len(LETTERS)} letters")
+    return dict(zip(LETTERS, options))
+
+
+def _case(line: str, number: int) -> tuple[str, dict[str, str]]:
+    where = f"line {number}"
+    shape = 'write {"answer": "B.", "options": {"A": "cat", "B": "dog"}}'
+    try:
+        case = json.loads(line)
+    except ValueError as error:
+        raise UserError("not JSON", why=str(error), hint=shape, where=where) from None
+    if not isinstance(case, dict) or not isinstance(case.get("answer"), str) or not isinstance(case.get("options"), dict):
+        raise UserError("not a case", why="a string `answer` and an object `options` are needed", hint=shape, where=where)
+    options = case["options"]
+    for letter, text in options.items():
+        if len(letter) != 1 or letter not in LETTERS:
+            raise UserError(f"option {letter!r} has no capital letter A-Z for a name", hint=shape, where=where)
+        if not isinstance(text, str):
+            raise UserError(f"option {letter} is not a string", why=f"it is {json.dumps(text)}", hint=shape, where=where)
+    return case["answer"], options
+
+
+def read_cases(rule: str, lines: Iterable[str], out: TextIO) -> int:
+    """One JSON case a line in, one `{"letter": ...}` a line out; a bad line is a UserError with its number. Returns the number read."""
+    chosen, number = rule_named(rule), 0
+    for number, line in enumerate(lines, 1):
+        answer, options = _case(line, number)
+        out.write(json.dumps({"letter": chosen.read(answer, options)}) + "\n")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m datasets_ray.answers", description="What an answer rule makes of an answer.")
+    parser.add_argument("--rule", default=None, help=f"one of {', '.join(RULES)}")
+    parser.add_argument("--list", action="store_true", help="print the rules, their sources and deviations")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for rule in RULES.values():
+            print(f"{rule.name}: {rule.reads}\n  source: {rule.source}")
+            print("".join(f"  differs: {d}\n" for d in rule.deviations), end="")
+        return 0
+    if options.rule is None:
+        raise UserError("no rule named", hint=f"--rule NAME with one of {', '.join(RULES)}")
+    read_cases(options.rule, sys.stdin, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,179 @@
+"""Each documented step of the answer rules, with written-down cases, and the differences from their sources by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from datasets_ray.answers import RULES, extract, lettered, main, read_cases
+from datasets_ray.errors import UserError
+
+PETS = {"A": "Beagle", "B": "Boxer", "C": "Pug", "D": "Russian Blue", "E": "Sphynx"}
+
+VLMEVALKIT = [
+    # 1 refusals, and the failed call that falls through to the option texts
+    ("Sorry, I can't help with images of people yet.", "Z"),
+    ("I can't process this file. B", "Z"),
+    ("I'm sorry, but without the image provided I can only guess: A", "Z"),
+    ("Cannot determine the answer", "Z"),
+    ("Failed to obtain answer via API", None),
+    ("Failed to obtain answer via API. Pug", "C"),
+    ("Failed to obtain answer via API. The answer is B", None),
+    # 2 punctuation becomes space, quotes and hyphens stay
+    ("B", "B"),
+    (" B.\n", "B"),
+    ("(B)", "B"),
+    ("[B]", "B"),
+    ("**B**", "B"),
+    ("{B}:", "B"),
+    ("#B;!", "B"),
+    ("B.Boxer", "B"),
+    ("'B'", None),
+    ('"B"', None),
+    ("B-", None),
+    ("b", None),
+    ("", None),
+    # 3 exactly one letter, its first occurrence among the last four words
+    ("I would say B", "B"),
+    ("B it is then", "B"),
+    ("B is the right one", None),
+    ("It is B for me and you", None),
+    ("B or so I think B", None),
+    ("B B", "B"),
+    ("A or B", None),
+    ("a cat, so E", "E"),
+    ("It shows A cat", "A"),
+    # 4 a Z of its own, only when no option letter is there
+    ("Z", "Z"),
+    ("none of them (Z) I fear, sadly, at all", "Z"),
+    ("Z or B", "B"),
+    # 5 "answer is X", A to D only, no word boundary
+    ("The correct answer is **B**. Here's why: the coat is short and brindled", "B"),
+    ("Answer is C because of the curled tail and the flat face", "C"),
+    ("the answer is a small dog with long ears, I suppose", "A"),
+    ("the answer is E since there is no fur on it anywhere", None),
+    ("A and B look alike, but the answer is B", "B"),
+    # 6 exactly one option text in the answer, in either case, unless the answer is too long
+    ("beagle", "A"),
+    ("This is a RUSSIAN BLUE cat", "D"),
+    ("Beagle or Boxer", None),
+    ("Pug" + "." * 62, None),
+    ("Pug" + "." * 61, "C"),
+    ("something else", None),
+]
+
+
+@pytest.mark.parametrize(("text", "letter"), VLMEVALKIT)
+def test_vlmevalkit_steps(text: str, letter: str | None) -> None:
+    assert sum(map(len, PETS.values())) == 32  # the length limit of step 6 is twice this
+    assert extract("vlmevalkit", text, PETS) == letter
+
+
+def test_vlmevalkit_knows_only_the_letters_shown() -> None:
+    two = {"A": "cat", "B": "dog"}
+    assert extract("vlmevalkit", "C", two) is None
+    assert extract("vlmevalkit", "The answer is C", two) is None
+    assert extract("vlmevalkit", "The answer is D, the dog", two) is None
+    assert extract("vlmevalkit", "the dog", two) == "B"
+    assert extract("vlmevalkit", "D", {"A": "D", "B": "x"}) == "A"
+
+
+def test_vlmevalkit_takes_the_whole_text_of_one_option_only() -> None:
+    nested = {"A": "rose", "B": "primrose"}
+    assert extract("vlmevalkit", "primrose", nested) is None
+    assert extract("vlmevalkit", "rose", nested) == "A"
+
+
+def test_vlmevalkit_deviations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's VERBOSE switch isn't read, and the options aren't changed."""
+    monkeypatch.setenv("VERBOSE", "1")
+    options = dict(PETS)
+    assert extract("vlmevalkit", "I would say A", options) == "A"
+    assert extract("vlmevalkit", "BEAGLE", options) == "A"
+    assert options == PETS
+    assert len(RULES["vlmevalkit"].deviations) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"), [("B", "B"), (" B\n", "B"), ("B.", None), ("b", None), ("(B)", None), ("F", None), ("", None), ("Boxer", None)]
+)
+def test_strict(text: str, letter: str | None) -> None:
+    assert extract("strict", text, PETS) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("B", "B"), ("b) it", "B"), ("Beagle", "B"), ("Daffodil", "D"), ("an ant", "A"), (" B", None), ("It is B", None), ("", None)],
+)
+def test_foci(text: str, letter: str | None) -> None:
+    assert extract("foci", text, PETS) == letter
+
+
+def test_foci_tries_the_letters_shown() -> None:
+    assert extract("foci", "E", PETS) == "E"
+    assert extract("foci", "E", dict(list(PETS.items())[:4])) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"), ("b", "B"), (" B ", "B"), ("B. Boxer", "B"), ("B.", "B"),
+        ("b. Boxer", None), ("A) x", None), ("(A)", None), ("F", None), ("F. x", None),
+    ],
+)
+def test_lmms(text: str, letter: str | None) -> None:
+    assert extract("lmms", text, PETS) == letter
+
+
+def test_letters_in_the_order_shown() -> None:
+    assert lettered(["cat", "dog"]) == {"A": "cat", "B": "dog"}
+    with pytest.raises(UserError):
+        lettered(["x"] * 27)
+
+
+def test_an_unknown_rule_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="vlmevalkit"):
+        extract("vlmeval", "A", PETS)
+
+
+def test_command_reads_and_writes_one_case_a_line(repository: Path) -> None:
+    cases = [("B.", "B"), ("I am sure it is neither", None), ("Z", "Z"), ("pug", "C")]
+    lines = "".join(json.dumps({"answer": text, "options": PETS}) + "\n" for text, _ in cases)
+    done = subprocess.run(
+        [sys.executable, "-m", "datasets_ray.answers", "--rule", "vlmevalkit"], input=lines, capture_output=True, text=True, cwd=repository
+    )
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["letter"] for line in done.stdout.splitlines()] == [letter for _, letter in cases]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json", "", "[]", '{"answer": "A"}', '{"options": {"A": "x"}}', '{"answer": 3, "options": {"A": "x"}}',
+        '{"answer": "A", "options": ["x"]}', '{"answer": "A", "options": {"a": "x"}}', '{"answer": "A", "options": {"AB": "x"}}',
+        '{"answer": "A", "options": {"A": 1}}',
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(line: str) -> None:
+    good = '{"answer": "A", "options": {"A": "x"}}'
+    with pytest.raises(UserError, match="line 2"):
+        read_cases("strict", [good, line, good], io.StringIO())
+
+
+def test_command_ends_with_one_message(repository: Path) -> None:
+    command = [sys.executable, "-m", "datasets_ray.answers", "--rule", "strict"]
+    done = subprocess.run(command, input="{\n", capture_output=True, text=True, cwd=repository)
+    assert done.returncode == 1
+    assert "line 1" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_list_shows_sources_and_deviations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert all(rule.name in shown and rule.source in shown for rule in RULES.values())
+    assert "e8e78f05" in shown and "VERBOSE" in shown

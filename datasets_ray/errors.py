@@ -6,7 +6,8 @@ It lives in the lowest room because every room raises it and imports run one way
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -45,3 +46,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"known: {shown}" if shown else "nothing is known here"
+
+
+def run_command(main: Callable[..., int | None], *arguments: object) -> int:
+    """What every `python -m` entry wraps its main in: a user's mistake is one message on stderr and exit code 1, Ctrl-C is 130."""
+    try:
+        return main(*arguments) or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

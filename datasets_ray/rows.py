@@ -59,7 +59,11 @@ def row(id: str, **fields: Any) -> dict[str, Any]:
 
 def write_shard(rows: Sequence[dict[str, Any]], directory: Path, name: str) -> dict[str, Any]:
     """Writes rows to `directory/name` (Arrow IPC file); returns its manifest entry: file, rows, sha256."""
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    return write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), directory, name)
+
+
+def write_table(table: pa.Table, directory: Path, name: str) -> dict[str, Any]:
+    """`write_shard` for rows that are a table of `SCHEMA` already: image bytes are not copied through Python."""
     path = Path(directory) / name
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         writer.write_table(table, max_chunksize=1024)
@@ -82,7 +86,7 @@ def write_rows(rows: Iterable[dict[str, Any]], directory: Path, **facts: Any) ->
 def read_manifest(directory: Path) -> dict[str, Any]:
     path = Path(directory) / "manifest.json"
     if not path.is_file():
-        raise UserError(f"{directory} holds no rows", why="manifest.json is missing", hint="point at a directory that a dataset stage wrote")
+        raise UserError(f"{directory} holds no rows", why="manifest.json is missing", hint="point at what a dataset stage wrote")
     return json.loads(path.read_text())
 
 

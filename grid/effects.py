@@ -1,0 +1,231 @@
+"""Effects: what one axis does, as the mean over matched pairs of arms that differ in that axis only.
+
+In: `grid.results.Results` and contrasts (a study's `contrasts`, or a published effects table). Out: `Effect`s in percentage
+points, with paired-bootstrap intervals over questions where answers are known row by row.
+
+A contrast is {"name", "axis", "from", "to", "where"}. `from` and `to` are values of the axis, alternatives joined by `|`.
+`where` narrows the arms: clauses joined by `;`, each `key=value`, `key=a|b` or `key!=value`, where key is an axis, `row`,
+`source`, `init` or `name`:
+
+    arch=llava;updating=connector;row!=2
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from datasets_ray.errors import UserError, nearest
+from grid import stats
+from grid.results import PER_CLASS, Arm, Results
+
+METHOD = "paired bootstrap over questions"
+FACTS = ("row", "source", "init", "name")
+"""What a clause may name besides the axes."""
+
+
+@dataclass(frozen=True)
+class Clause:
+    key: str
+    values: tuple[str, ...]
+    negated: bool
+
+    def holds(self, facts: Mapping[str, str]) -> bool:
+        return (facts[self.key] in self.values) != self.negated
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """An effect's definition: arms whose `axis` is one of `start` against arms whose axis is one of `goal`."""
+
+    name: str
+    axis: str
+    start: tuple[str, ...]
+    goal: tuple[str, ...]
+    where: tuple[Clause, ...] = ()
+    where_text: str = ""
+    printed: Mapping[str, float] = field(default_factory=dict)
+    printed_pairs: int | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One effect on one benchmark or group. low, high and p are None where there is no row-level data; mean is None with no pair."""
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    pairs: int = 0
+    questions: int = 0
+
+
+@dataclass(frozen=True)
+class Effect:
+    contrast: Contrast
+    pairs: tuple[tuple[Arm, Arm], ...]
+    groups: dict[str, Estimate]
+    benchmarks: dict[str, Estimate]
+    notes: tuple[str, ...] = ()
+
+
+def parse_where(text: str, keys: Iterable[str], at: str = "") -> tuple[Clause, ...]:
+    """The clauses of a `where`; keys are the axes. Raises UserError naming the clause that is wrong."""
+    known, clauses = [*keys, *FACTS], []
+    for part in filter(None, (piece.strip() for piece in text.split(";"))):
+        negated = "!=" in part
+        key, sign, value = (s.strip() for s in part.partition("!=" if negated else "="))
+        values = tuple(v.strip() for v in value.split("|"))
+        if not sign or not key or not all(values) or "=" in value:
+            raise UserError(
+                f"cannot read the clause {part!r} of where {text!r}",
+                why="a clause is key=value, key=a|b or key!=value",
+                hint="join clauses by ';', for example arch=llava;row!=2",
+                where=at,
+            )
+        if key not in known:
+            raise UserError(f"where names {key!r}", why="neither an axis nor row, source, init, name", hint=nearest(key, known), where=at)
+        clauses.append(Clause(key, values, negated))
+    return tuple(clauses)
+
+
+def parse_contrast(given: Mapping[str, Any], axes: Sequence[str], at: str = "") -> Contrast:
+    """A contrast from its mapping; raises UserError for an unknown axis, an empty side or an unreadable `where`."""
+    name, axis = str(given["name"]), str(given["axis"])
+    if axis not in axes:
+        raise UserError(f"contrast {name!r} is over the axis {axis!r}", why="no arm has it", hint=nearest(axis, axes), where=at)
+    sides = [tuple(v.strip() for v in str(given[side]).split("|") if v.strip()) for side in ("from", "to")]
+    if not all(sides) or set(sides[0]) & set(sides[1]):
+        raise UserError(
+            f"contrast {name!r} goes from {given['from']!r} to {given['to']!r}",
+            why="two different sides are needed",
+            hint="for example from: none, to: llava|pixmo",
+            where=at,
+        )
+    text = str(given.get("where") or "")
+    pairs = given.get("printed_pairs")
+    return Contrast(
+        name,
+        axis,
+        sides[0],
+        sides[1],
+        parse_where(text, axes, at or f"contrast {name}"),
+        text,
+        dict(given.get("printed") or {}),
+        None if pairs is None else int(pairs),
+    )
+
+
+def facts(arm: Arm) -> dict[str, str]:
+    """What clauses look at, as text."""
+    row = "" if arm.row is None else str(arm.row)
+    return {**{k: str(v) for k, v in arm.axes.items()}, "row": row, "source": arm.source, "init": arm.init or "", "name": arm.name}
+
+
+def matched_pairs(arms: Sequence[Arm], contrast: Contrast) -> list[tuple[Arm, Arm]]:
+    """All (from, to) whose other axes, `init` and seed are equal, in the order of the arms.
+
+    A released model has no known recipe: its init is not compared, and where a trained arm has the same axes it stands back
+    (row 1 is the released twin of row 12; row 18 has no trained twin, so it forms a pair).
+    """
+    chosen = [arm for arm in arms if all(clause.holds(facts(arm)) for clause in contrast.where)]
+    trained = {tuple(sorted(arm.axes.items())) for arm in chosen if arm.source != "released"}
+    chosen = [arm for arm in chosen if arm.source != "released" or tuple(sorted(arm.axes.items())) not in trained]
+
+    def rest(arm: Arm) -> dict[str, str]:
+        return {axis: value for axis, value in arm.axes.items() if axis != contrast.axis}
+
+    starts = [arm for arm in chosen if arm.axes.get(contrast.axis) in contrast.start]
+    goals = [arm for arm in chosen if arm.axes.get(contrast.axis) in contrast.goal]
+    return [
+        (a, b)
+        for a in starts
+        for b in goals
+        if rest(a) == rest(b) and ("released" in (a.source, b.source) or (a.init == b.init and a.seed == b.seed))
+    ]
+
+
+def compute(results: Results, seed: int = 0, resamples: int = stats.RESAMPLES) -> list[Effect]:
+    """Every contrast of the results, with Holm's correction over the contrasts within each group and each benchmark."""
+    effects = [_effect(results, parse_contrast(given, results.axes), seed, resamples) for given in results.contrasts]
+    for kind, names in (("groups", list(results.groups)), ("benchmarks", results.benchmarks)):
+        for name in names:
+            known = {e.contrast.name: getattr(e, kind)[name].p for e in effects}
+            adjusted = stats.holm({key: p for key, p in known.items() if p is not None})
+            for effect in effects:
+                table = getattr(effect, kind)
+                if effect.contrast.name in adjusted:
+                    old = table[name]
+                    table[name] = Estimate(old.mean, old.low, old.high, old.p, adjusted[effect.contrast.name], old.pairs, old.questions)
+    return effects
+
+
+def _effect(results: Results, contrast: Contrast, seed: int, resamples: int) -> Effect:
+    pairs = matched_pairs(results.arms, contrast)
+    notes = []
+    if not pairs:
+        notes.append("no matched pair of arms in this run")
+    differences = {name: _difference(pairs, name, notes) for name in results.benchmarks} if pairs else {}
+    benchmarks = {name: _estimate(results, pairs, name, (name,), differences, seed, resamples) for name in results.benchmarks}
+    groups = {name: _estimate(results, pairs, name, members, differences, seed, resamples) for name, members in results.groups.items()}
+    for name, estimate in groups.items():
+        if pairs and estimate.pairs < len(pairs):
+            notes.append(f"{name}: {estimate.pairs} of {len(pairs)} pairs have both values")
+    return Effect(contrast, tuple(pairs), groups, benchmarks, tuple(dict.fromkeys(notes)))
+
+
+def _estimate(
+    results: Results,
+    pairs: Sequence[tuple[Arm, Arm]],
+    name: str,
+    members: tuple[str, ...],
+    differences: Mapping[str, stats.Sample | None],
+    seed: int,
+    resamples: int,
+) -> Estimate:
+    gaps = []
+    for start, goal in pairs:
+        before, after = start.value(name, results.groups), goal.value(name, results.groups)
+        if before is not None and after is not None:
+            gaps.append(after - before)
+    if not gaps:
+        return Estimate(None)
+    mean = float(np.mean(gaps))
+    drawn = [differences.get(member) for member in members]
+    if len(gaps) < len(pairs) or any(one is None for one in drawn):
+        return Estimate(mean, pairs=len(gaps))
+    samples = [one for one in drawn if one is not None]
+    fixed = zlib.crc32(f"{seed}:{name}".encode())
+    interval = stats.bootstrap(samples, fixed, resamples=resamples).scaled(100.0)
+    p = stats.sign_flip_test(samples, fixed)
+    shift = mean - interval.mean
+    return Estimate(mean, interval.low + shift, interval.high + shift, p, None, len(gaps), sum(one.values.size for one in samples))
+
+
+def _difference(pairs: Sequence[tuple[Arm, Arm]], benchmark: str, notes: list[str]) -> stats.Sample | None:
+    """Per question, the mean over pairs of (right in `to`) - (right in `from`): float[N] in -1..1. None without row-level data.
+
+    Forming it before resampling draws a question once for all arms, so pairs that share an arm need no independence.
+    """
+    scores = {arm.name: arm.scores.get(benchmark) for pair in pairs for arm in pair}
+    answers = {name: score.answers for name, score in scores.items() if score is not None and score.answers is not None}
+    if len(answers) < len(scores):
+        return None
+    first = next(iter(answers.values()))
+    ids = first.ids
+    if any(not np.array_equal(other.ids, ids) for other in answers.values()):
+        shared = set.intersection(*(set(other.ids.tolist()) for other in answers.values()))
+        keep = np.array([name in shared for name in ids.tolist()], dtype=bool)
+        notes.append(f"{benchmark}: {keep.sum()} questions are shared by all arms of the contrast; the interval rests on these")
+        ids = ids[keep]
+        if not ids.size:
+            return None
+    right = {name: given.correct[given.at(ids)].astype(np.float64) for name, given in answers.items()}
+    gap = np.mean([right[goal.name] - right[start.name] for start, goal in pairs], axis=0)
+    per_class = any(score is not None and score.metric == PER_CLASS for score in scores.values())
+    return stats.sample(gap, first.labels[first.at(ids)] if per_class else None)

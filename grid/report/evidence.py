@@ -1,0 +1,308 @@
+"""What the numbers rest on: questions, validity, chance and controls, the encoders' own scores, rows lost, time and assumptions.
+
+In: `Results` of a run. Out: `Table`s, each None where the run has nothing of the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from grid import stats
+from grid.report.table import Cell, Column, Table, number, plain, rows_page, span
+from grid.report.tables import marks_of, title_of
+from grid.results import PER_CLASS, Arm, Results, Score
+
+CLEAR = 15.0
+"""Points above chance that an arm must reach to count as having learned (with an interval clear of chance)."""
+LOST = ("dropped", "truncated", "substituted", "skipped", "cut", "unreadable", "missing")
+"""Keys of a stage's summary that count what was not used as it is."""
+
+
+def score_interval(score: Score) -> stats.Interval | None:
+    """Points: Wilson for accuracy, bootstrap within classes for mean-per-class; None without answers."""
+    answers = score.answers
+    if answers is None or not len(answers):
+        return None
+    if score.metric == PER_CLASS:
+        return stats.bootstrap([stats.sample(answers.correct, answers.labels)], seed=0).scaled(100.0)
+    return stats.wilson(int(answers.correct.sum()), len(answers)).scaled(100.0)
+
+
+def group_chance(arm: Arm, names: tuple[str, ...]) -> float | None:
+    known = [arm.scores[b].chance for b in names if b in arm.scores]
+    values = [c for c in known if c is not None]
+    return float(np.mean(values)) if len(values) == len(names) and values else None
+
+
+def clear_of_chance(results: Results, margin: float = CLEAR) -> dict[str, list[str]]:
+    """benchmark → arms that answer `margin` points or more above chance with the whole interval above it."""
+    found: dict[str, list[str]] = {}
+    for benchmark in results.benchmarks:
+        found[benchmark] = []
+        for arm in results.arms:
+            score = arm.scores.get(benchmark)
+            interval = score_interval(score) if score else None
+            if score and score.chance is not None and interval and score.value >= score.chance + margin and interval.low > score.chance:
+                found[benchmark].append(arm.name)
+    return found
+
+
+def benchmarks_table(results: Results) -> Table | None:
+    """One row per benchmark: what is asked, how it is counted, and how many arms are clear of chance."""
+    columns = [
+        Column("benchmark", numeric=False),
+        Column("average", numeric=False),
+        Column("metric", numeric=False),
+        Column("questions"),
+        Column("classes"),
+        Column("chance"),
+        Column("answer rule", numeric=False),
+        Column("least", "valid answers"),
+        Column("mean", "valid answers"),
+        Column("best arm", numeric=False),
+        Column("best"),
+        Column(f"arms ≥ {CLEAR:.0f} above chance"),
+    ]
+    table = Table(
+        "benchmarks",
+        "Benchmarks",
+        columns,
+        marks=marks_of(results),
+        caption="valid: an answer could be read off the text; an invalid answer counts as wrong, never as a guess",
+    )
+    clear = clear_of_chance(results)
+    for benchmark in results.benchmarks:
+        scores = [(arm, arm.scores[benchmark]) for arm in results.arms if benchmark in arm.scores]
+        if not scores or scores[0][1].n is None:
+            continue
+        group = next((title_of(g) for g, members in results.groups.items() if benchmark in members), "none")
+        first, valid = scores[0][1], [s.valid for _, s in scores if s.valid is not None]
+        best, top = max(scores, key=lambda pair: pair[1].value)
+        counts = sorted({s.n for _, s in scores if s.n is not None})
+        classes = len(np.unique(first.answers.labels)) if first.answers is not None else None
+        table.rows.append([
+            Cell(title_of(benchmark)),
+            Cell(group),
+            Cell(first.metric.replace("_", " ")),
+            Cell("–".join(str(c) for c in {counts[0]: 0, counts[-1]: 0})),
+            Cell(str(classes) if classes and classes > 1 else "–"),
+            number(first.chance),
+            Cell(first.rule or ""),
+            number(100 * min(valid) if valid else None, tone="warn" if valid and min(valid) < 0.95 else ""),
+            number(100 * float(np.mean(valid)) if valid else None),
+            Cell(best.name, href=rows_page(best.name, benchmark)),
+            number(top.value),
+            Cell(f"{len(clear[benchmark])} of {len(scores)}"),
+        ])
+        invalid = [f"{arm.name} {plain(100 * s.valid)} %" for arm, s in scores if s.valid is not None and s.valid < 0.95]
+        if invalid:
+            table.notes.append(
+                f"{title_of(benchmark)}: under 95 % valid answers: {', '.join(invalid)}; the rest is text that the rule reads no option from"
+            )
+    return table if table.rows else None
+
+
+def detail_table(results: Results) -> Table | None:
+    """Every score of every arm with n, interval, validity and distance from chance."""
+    columns = [
+        Column("arm", numeric=False),
+        Column("benchmark", numeric=False),
+        Column("value"),
+        Column("± se"),
+        Column("95 % interval"),
+        Column("n"),
+        Column("valid %"),
+        Column("above chance"),
+        Column("z"),
+    ]
+    table = Table(
+        "detail",
+        "Every score",
+        columns,
+        marks=marks_of(results),
+        folded=True,
+        caption="intervals: Wilson for accuracy, bootstrap within classes for mean-per-class; z: against chance, under chance's own error",
+    )
+    for arm in results.arms:
+        for benchmark in results.benchmarks:
+            score = arm.scores.get(benchmark)
+            if score is None or score.answers is None:
+                continue
+            interval = score_interval(score)
+            _, z = stats.z_against_chance(score.answers.correct, 1.0 / np.maximum(score.answers.options, 1))
+            table.rows.append([
+                Cell(arm.name),
+                Cell(title_of(benchmark)),
+                number(score.value, href=rows_page(arm.name, benchmark)),
+                number(score.stderr),
+                Cell(span(interval.low, interval.high) if interval else "–"),
+                Cell(str(score.n)),
+                number(None if score.valid is None else 100 * score.valid),
+                number(None if score.chance is None else score.value - score.chance, signed=True),
+                number(z, signed=True),
+            ])
+    return table if table.rows else None
+
+
+def control_table(results: Results) -> Table | None:
+    """The same models asked with images permuted among questions: what is left is what the text alone gives away."""
+    columns = [
+        Column("arm", numeric=False),
+        Column("benchmark", numeric=False),
+        Column("questions"),
+        Column("own images"),
+        Column("permuted"),
+        Column("chance"),
+        Column("± se of chance"),
+        Column("z"),
+        Column("within 2 se", numeric=False),
+    ]
+    table = Table(
+        "control",
+        "Control: images permuted among questions",
+        columns,
+        marks=marks_of(results),
+        caption="accuracy; chance: one over the options shown; pooled: a question answered by several arms counts once, with their mean",
+    )
+    pooled: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+    for arm in results.arms:
+        for benchmark, control in arm.controls.items():
+            if control.answers is None or not len(control.answers):
+                continue
+            answers, own = control.answers, arm.scores.get(benchmark)
+            options = 1.0 / np.maximum(answers.options, 1)
+            pooled.setdefault(benchmark, []).append((answers.ids, answers.correct.astype(float), options))
+            straight = None if own is None or own.answers is None else 100 * float(own.answers.correct.mean())
+            table.rows.append(_against_chance(arm.name, benchmark, answers.correct.astype(float), options, straight))
+    for benchmark, given in pooled.items():
+        if len(given) > 1 and all(np.array_equal(ids, given[0][0]) for ids, _, _ in given):
+            mean = np.mean([correct for _, correct, _ in given], axis=0)
+            table.rows.append(_against_chance(f"all {len(given)} arms", benchmark, mean, given[0][2], None, spread=True))
+    tested = sum(1 for cells in table.rows if not cells[0].text.startswith("all "))
+    if tested:
+        table.notes.append(f"{tested} comparisons: about {plain(0.0455 * tested)} lie outside two standard errors by chance alone")
+    return table if table.rows else None
+
+
+def _against_chance(
+    name: str, benchmark: str, correct: np.ndarray, options: np.ndarray, straight: float | None, spread: bool = False
+) -> list[Cell]:
+    error, z = stats.z_against_chance(correct, options)
+    if spread and correct.size > 1:
+        error = float(np.std(correct - options, ddof=1) / np.sqrt(correct.size))
+        z = float(np.mean(correct - options) / error) if error > 0 else float("nan")
+    inside = abs(z) <= 2
+    return [
+        Cell(name),
+        Cell(title_of(benchmark)),
+        Cell(str(correct.size)),
+        number(straight),
+        number(100 * float(correct.mean())),
+        number(100 * float(options.mean())),
+        number(100 * error),
+        number(z, signed=True, digits=2),
+        Cell("yes" if inside else "no", tone="" if inside else "warn"),
+    ]
+
+
+def zeroshot_table(results: Results) -> Table | None:
+    """Each encoder on its own, by zero-shot classification, and how far the best and the mean VLM with it stay behind."""
+    columns = [
+        Column("encoder", numeric=False),
+        Column("benchmark", numeric=False),
+        Column("n"),
+        Column("top 1", "all classes"),
+        Column("top 5", "all classes"),
+        Column("per class", "all classes"),
+        Column("among the options"),
+        Column("best", "VLMs with it"),
+        Column("arm", "VLMs with it", numeric=False),
+        Column("mean", "VLMs with it"),
+        Column("gap of the best"),
+        Column("gap of the mean"),
+    ]
+    table = Table(
+        "zeroshot",
+        "The encoders alone (CLIP zero-shot) and what is left of it in the VLM",
+        columns,
+        marks=marks_of(results),
+        caption="“a photo of a {class}”, cosine similarity; gap: VLM − encoder among the same options, percentage points, both as accuracy",
+    )
+    seen: set[tuple[str, str]] = set()
+    for arm in results.arms:
+        for benchmark, found in arm.zeroshot.items():
+            key = (found["stage"], benchmark)
+            if key in seen:
+                continue
+            seen.add(key)
+            users = [a for a in results.arms if a.zeroshot.get(benchmark, {}).get("stage") == found["stage"] and benchmark in a.scores]
+            values = {a.name: _accuracy(a.scores[benchmark]) for a in users}
+            among = found.get("among_choices")
+            best = max(values, key=lambda name: values[name]) if values else None
+            mean = float(np.mean(list(values.values()))) if values else None
+            table.rows.append([
+                Cell(arm.axes.get("encoder", arm.name)),
+                Cell(title_of(benchmark)),
+                Cell(str(found.get("n", ""))),
+                *(number(_points(found.get(k), found)) for k in ("top1", "top5", "mean_per_class", "among_choices")),
+                number(values[best] if best else None),
+                Cell(best or "–", href=rows_page(best, benchmark) if best else ""),
+                number(mean),
+                number(values[best] - _points(among, found) if best and among is not None else None, signed=True),
+                number(mean - _points(among, found) if mean is not None and among is not None else None, signed=True),
+            ])
+    return table if table.rows else None
+
+
+def _accuracy(score: Score) -> float:
+    return score.value if score.answers is None else 100 * float(score.answers.correct.mean())
+
+
+def _points(value: float | None, found: dict[str, Any]) -> Any:
+    """Zero-shot scores as points; a stage that wrote shares says `"unit": "share"`."""
+    return None if value is None else 100 * value if found.get("unit") == "share" else value
+
+
+def lost_table(results: Results) -> Table | None:
+    """Every count of rows dropped, truncated, substituted or skipped, by stage and reason."""
+    columns = [Column("stage", numeric=False), Column("kind", numeric=False), Column("what", numeric=False), Column("count"), Column("of")]
+    table = Table("lost", "Rows dropped, truncated or substituted", columns, marks=marks_of(results))
+    for stage in results.stages.values():
+        summary = (stage.get("done") or {}).get("summary") or {}
+        of = next((summary[k] for k in ("rows", "samples", "n") if isinstance(summary.get(k), int)), None)
+        for what, count in _lost(summary):
+            table.rows.append([
+                Cell(stage.get("name", stage["id"])),
+                Cell(stage["kind"]),
+                Cell(what),
+                Cell(str(count)),
+                Cell("" if of is None else str(of)),
+            ])
+    if not table.rows and any(s["done"] for s in results.stages.values()):
+        table.notes.append("none: every stage used every row whole")
+        return table
+    return table if table.rows else None
+
+
+def _lost(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    for name, value in summary.items():
+        counted = name.split("_")[0] in LOST
+        if counted and isinstance(value, int) and not isinstance(value, bool) and value:
+            yield prefix + name.replace("_", " "), value
+        elif counted and isinstance(value, dict):
+            yield from ((f"{prefix}{name}: {reason}", count) for reason, count in value.items() if isinstance(count, int) and count)
+        elif isinstance(value, dict):
+            yield from _lost(value, f"{prefix}{name}: ")
+
+
+def assumptions_table(results: Results) -> Table | None:
+    """What the source leaves open and what was chosen, as written in the study file."""
+    given = results.study.get("assumptions") or []
+    table = Table(
+        "assumptions", "Assumptions", [Column("key", numeric=False), Column("value", numeric=False), Column("why", numeric=False)]
+    )
+    table.rows = [[Cell(str(a.get("key", ""))), Cell(str(a.get("value", ""))), Cell(str(a.get("text", "")))] for a in given]
+    return table if table.rows else None

@@ -1,0 +1,139 @@
+"""A published table as `Results`: the same arms, contrasts and steps that a run has, with printed numbers and no answers.
+
+In: `<name>_ablation.csv` (row, source, axes, printed averages, benchmarks), `<name>_effects.csv` (contrasts and printed
+effects) and, where the paper has a cumulative summary, `<name>_steps.csv`. Out: `grid.results.Results`.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from datasets_ray.errors import UserError, nearest
+from grid.results import Arm, Results, Score
+
+GROUPS: dict[str, tuple[str, ...]] = {"fine_grained": ("imagenet", "flowers", "pets", "food"), "general_vqa": ("mmbench", "mmmu", "mmstar")}
+"""The paper's two averages; a published table's columns by these names are averages as printed."""
+ROUNDING = 0.101
+"""Printed averages have one decimal: half a step each for the average and its columns."""
+SUFFIX = "_ablation.csv"
+
+
+def published_folder() -> Path:
+    """Where published tables lie: `experiments/published` beside the package."""
+    return Path(__file__).resolve().parents[2] / "experiments" / "published"
+
+
+def find_table(name: str) -> Path:
+    """`fine_grained` → its ablation table; a path to a CSV is taken as it is."""
+    if name.endswith(".csv"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"there is no table {name}", hint="give a CSV with the columns of a published ablation table")
+        return path
+    path = published_folder() / f"{name}{SUFFIX}"
+    if not path.is_file():
+        known = [p.name.removesuffix(SUFFIX) for p in published_folder().glob(f"*{SUFFIX}")]
+        raise UserError(f"nothing published is called {name!r}", hint=nearest(name, known))
+    return path
+
+
+def load_published(table: Path, beside: Path | None = None, title: str = "") -> Results:
+    """table: the ablation CSV. beside: the path whose siblings hold effects and steps (default: the table itself)."""
+    rows = _read(table)
+    columns = list(rows[0][1])
+    benchmarks = {name: members for name, members in GROUPS.items() if name in columns or set(members) <= set(columns)}
+    first = min((columns.index(c) for c in [*GROUPS, *sum(GROUPS.values(), ())] if c in columns), default=len(columns))
+    axes = [c for c in columns[:first] if c not in ("row", "source")]
+    results = Results(title or f"published: {table.name.removesuffix(SUFFIX).replace('_', '-')}", benchmarks, [])
+    for line, cells in rows:
+        at = f"{table}:{line}"
+        row = _number(cells["row"], "row", at)
+        arm = Arm(
+            f"row-{int(row)}" if row is not None else f"line-{line}",
+            {a: cells[a] for a in axes},
+            cells.get("source") or "trained",
+            None if row is None else int(row),
+        )
+        for name, members in benchmarks.items():
+            printed = _number(cells.get(name, ""), name, at)
+            if printed is not None:
+                arm.averages[name] = printed
+            for benchmark in members:
+                value = _number(cells.get(benchmark, ""), benchmark, at)
+                if value is None:
+                    arm.missing[benchmark] = "not published"
+                else:
+                    arm.scores[benchmark] = Score(value)
+            computed = [arm.scores[b].value for b in members if b in arm.scores]
+            if printed is not None and len(computed) == len(members) and abs(printed - sum(computed) / len(computed)) > ROUNDING:
+                results.notices.append(
+                    f"{arm.name}: the printed {name} {printed:.1f} is not the mean of its columns ({sum(computed) / len(computed):.2f}); printed is used"
+                )
+        results.arms.append(arm)
+    origin = beside or table
+    results.contrasts = _contrasts(_sibling(origin, "_effects.csv"))
+    results.steps = _steps(_sibling(origin, "_steps.csv"))
+    results.notices += [f"{step['label']}: {step['note']}" for step in results.steps if step["note"]]
+    return results
+
+
+def _sibling(table: Path, suffix: str) -> Path:
+    name = table.name.removesuffix(SUFFIX) if table.name.endswith(SUFFIX) else "fine_grained"
+    beside = table.with_name(name + suffix)
+    return beside if beside.is_file() else published_folder() / (name + suffix)
+
+
+def _contrasts(path: Path) -> list[dict[str, Any]]:
+    contrasts = []
+    for line, cells in _read(path) if path.is_file() else []:
+        at = f"{path}:{line}"
+        printed = {name.removesuffix("_pp"): _number(value, name, at) for name, value in cells.items() if name.endswith("_pp")}
+        contrasts.append({
+            "name": cells["effect"],
+            "axis": cells["axis"],
+            "from": cells["from"],
+            "to": cells["to"],
+            "where": cells["where"],
+            "printed": {k: v for k, v in printed.items() if v is not None},
+            "printed_pairs": _number(cells.get("pairs", ""), "pairs", at),
+        })
+    return contrasts
+
+
+def _steps(path: Path) -> list[dict[str, Any]]:
+    steps = []
+    for line, cells in _read(path) if path.is_file() else []:
+        at = f"{path}:{line}"
+        printed = {name: _number(cells.get(name, ""), name, at) for name in GROUPS}
+        rows = {key: _number(cells[key], key, at) for key in ("row", "from_row")}
+        steps.append({
+            "label": cells["label"],
+            "note": cells["note"],
+            "printed": {k: v for k, v in printed.items() if v is not None},
+            **{key: None if value is None else int(value) for key, value in rows.items()},
+        })
+    return steps
+
+
+def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line number, cells) of every row."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        rows = [(reader.line_num, {k: (v or "").strip() for k, v in cells.items() if k is not None}) for cells in reader]
+    if not rows:
+        raise UserError(f"{path} has no rows", hint="a header and at least one row are needed")
+    return rows
+
+
+def _number(text: str, column: str, at: str) -> float | None:
+    """An empty cell is never zero: it is None."""
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(
+            f"{column} is {text!r}", why="a number is needed", hint="leave the cell empty where there is none", where=at
+        ) from None

@@ -1,0 +1,264 @@
+"""The paper's tables redrawn: cumulative steps, averages, both families of benchmarks, and the effects.
+
+In: `Results` (a run with its published twin, or a published table alone) and its effects. Out: `Table`s; published numbers
+stand beside ours, an absent number is `–` with its reason, and no average is taken over fewer benchmarks than its name says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from grid import stats
+from grid.effects import METHOD, Effect, Estimate
+from grid.report.table import Cell, Column, Table, arm_page, number, plain, probability, rows_page, span
+from grid.results import PER_CLASS, Arm, Results
+
+TITLES = {
+    "fine_grained": "Fine-grained",
+    "general_vqa": "General VQA",
+    "imagenet": "ImageNet",
+    "flowers": "Flowers",
+    "pets": "Pets",
+    "food": "Food",
+    "mmbench": "MMBench",
+    "mmmu": "MMMU",
+    "mmstar": "MMStar",
+}
+INTERVAL = f"95 % intervals: {METHOD} (percentile, each question drawn once for all arms; within its class for mean-per-class accuracy)"
+
+
+def title_of(name: str) -> str:
+    return TITLES.get(name, name.replace("_", " "))
+
+
+def ours(results: Results) -> str:
+    """Heading of the results' own columns."""
+    return "this run" if results.directory is not None else "published"
+
+
+def marks_of(results: Results) -> list[str]:
+    """What every table must say about the numbers in it."""
+    marks = []
+    if results.study.get("miniature"):
+        marks.append("miniature")
+    twin = results.published
+    rows = {arm.row for arm in results.arms if arm.row is not None}
+    if twin is not None and rows and len(rows) < len(twin.arms):
+        marks.append(f"subset: {len(rows)} of {len(twin.arms)} rows")
+    elif results.study.get("subset"):
+        marks.append(f"subset: {results.study['subset']}" if isinstance(results.study["subset"], str) else "subset")
+    waiting = sum(
+        1 for arm in results.arms if any(b in arm.missing and arm.missing[b] != "not planned for this arm" for b in results.benchmarks)
+    )
+    if results.directory is not None and waiting:
+        marks.append(f"incomplete: {waiting} of {len(results.arms)} arms lack a score")
+    return marks
+
+
+def average_interval(arm: Arm, names: Sequence[str], seed: int = 0) -> stats.Interval | None:
+    """Bootstrap interval of an arm's average over benchmarks, in points; None without row-level data for every one."""
+    samples = []
+    for name in names:
+        score = arm.scores.get(name)
+        if score is None or score.answers is None:
+            return None
+        samples.append(stats.sample(score.answers.correct, score.answers.labels if score.metric == PER_CLASS else None))
+    return stats.bootstrap(samples, seed).scaled(100.0) if samples else None
+
+
+def cell_of(arm: Arm, name: str, results: Results, detail: str = "") -> Cell:
+    """A benchmark's cell links to its rows, a group's to the arm's page, which links to the rows of each benchmark."""
+    value = arm.value(name, results.groups)
+    if value is None:
+        return number(None, reason=arm.reason(name, results.groups))
+    linked = results.directory is not None
+    score = arm.scores.get(name)
+    if score is not None and score.stderr is not None and not detail:
+        detail = f"± {plain(score.stderr)}"
+    href = rows_page(arm.name, name) if score is not None and score.path is not None else arm_page(arm.name) if linked else ""
+    return number(value, detail, href)
+
+
+def scores_table(results: Results, id: str, title: str, names: Sequence[str], caption: str = "") -> Table:
+    """One row per arm: its axes, and each name's value with the published one beside it."""
+    axes = [axis for axis in results.axes if len({arm.axes.get(axis) for arm in results.arms}) > 1]
+    twin = results.published
+    shown = {name: twin is not None and any(arm.value(name, twin.groups) is not None for arm in twin.arms) for name in names}
+    columns = [Column("arm", numeric=False), *(Column(axis, numeric=False) for axis in axes)]
+    for name in names:
+        columns.append(Column(ours(results) if shown[name] else "", title_of(name)))
+        if shown[name]:
+            columns.append(Column("paper", title_of(name)))
+    table = Table(id, title, columns, marks=marks_of(results), caption=caption)
+    best = {name: max((v for arm in results.arms if (v := arm.value(name, results.groups)) is not None), default=None) for name in names}
+    for arm in results.arms:
+        label = Cell(arm.name, "released" if arm.source == "released" else "", arm_page(arm.name) if results.directory is not None else "")
+        cells = [label, *(Cell(arm.axes.get(axis, "")) for axis in axes)]
+        for name in names:
+            interval = (
+                average_interval(arm, results.groups[name])
+                if name in results.groups and arm.value(name, results.groups) is not None
+                else None
+            )
+            cell = cell_of(arm, name, results, span(interval.low, interval.high) if interval else "")
+            if arm.value(name, results.groups) is not None and arm.value(name, results.groups) == best[name]:
+                cell = Cell(cell.text, cell.detail, cell.href, cell.reason, "strong")
+            cells.append(cell)
+            if shown[name]:
+                cells.append(_printed(twin, arm.row, name))
+        table.rows.append(cells)
+    fixed = [
+        f"{axis} {next(iter(values))}"
+        for axis in results.axes
+        if axis not in axes and (values := {arm.axes.get(axis) for arm in results.arms}) and len(results.arms) > 1
+    ]
+    if fixed:
+        table.notes.append("the same for all arms: " + ", ".join(fixed))
+    if results.directory is not None:
+        table.notes.append("± standard error over questions; brackets: " + INTERVAL)
+    return table
+
+
+def paper_tables(results: Results) -> list[Table]:
+    """Tables 2, 3 and 4 of the paper for the groups that this study has; further benchmarks in a table of their own."""
+    tables = []
+    if results.groups:
+        tables.append(
+            scores_table(
+                results,
+                "table-2",
+                "Table 2. Averages of all arms",
+                list(results.groups),
+                "; ".join(f"{title_of(g)}: mean of {', '.join(map(title_of, members))}" for g, members in results.groups.items()),
+            )
+        )
+    for number_, group in ((3, "general_vqa"), (4, "fine_grained")):
+        if group in results.groups:
+            tables.append(
+                scores_table(results, f"table-{number_}", f"Table {number_}. {title_of(group)} benchmarks", results.groups[group])
+            )
+    for group, members in results.groups.items():
+        if group not in ("general_vqa", "fine_grained"):
+            tables.append(scores_table(results, f"table-{group}", f"Benchmarks of {title_of(group)}", members))
+    if results.extra:
+        tables.append(scores_table(results, "table-extra", "Further benchmarks", results.extra, "in no average"))
+    return tables
+
+
+def steps_table(results: Results) -> Table | None:
+    """Table 1: what each change adds, one on top of the other; None where the study has no such steps."""
+    if not results.steps or (results.directory is not None and not any(results.by_row(s["row"]) for s in results.steps)):
+        return None
+    groups = list(results.groups)
+    both = results.directory is not None
+    columns = [Column("model or change", numeric=False), Column("row", numeric=False)]
+    for group in groups:
+        columns += [Column(ours(results), title_of(group)), *([Column("paper", title_of(group))] if both else [])]
+    table = Table(
+        "table-1",
+        "Table 1. Closing the gap step by step",
+        columns,
+        marks=marks_of(results),
+        caption="in parentheses: the change from the step named before it",
+    )
+    printed = {step["row"]: step["printed"] for step in results.steps if step["row"] is not None}
+    for step in results.steps:
+        arm, before = results.by_row(step["row"]), results.by_row(step["from_row"])
+        starts = "" if step["from_row"] is None else f"from row {step['from_row']}"
+        cells = [Cell(step["label"], starts), Cell("" if step["row"] is None else str(step["row"]))]
+        for group in groups:
+            paper = _change(step["printed"].get(group), printed.get(step["from_row"], {}).get(group), tone="published" if both else "")
+            if arm is None:
+                absent = "published numbers only" if step["row"] is None else "this row is not in the run"
+                own = paper if not both and step["row"] is None else number(None, reason=absent)
+            else:
+                own = _change(
+                    arm.value(group, results.groups),
+                    None if before is None else before.value(group, results.groups),
+                    arm_page(arm.name) if both else "",
+                    arm.reason(group, results.groups),
+                )
+            cells += [own, paper] if both else [own]
+        table.rows.append(cells)
+    table.notes += [f"{step['label']}: {step['note']}" for step in results.steps if step["note"]]
+    return table
+
+
+def effects_table(results: Results, effects: Sequence[Effect]) -> Table:
+    """Each contrast: matched pairs, the mean difference with its interval, and the paper's beside it."""
+    printed = printed_effects(results)
+    both = results.directory is not None and bool(printed)
+    columns = [Column("effect", numeric=False), Column("axis", numeric=False), Column("from → to", numeric=False), Column("pairs")]
+    if both:
+        columns.append(Column("paper's pairs"))
+    for group in results.groups:
+        columns += [
+            Column(ours(results) if both else "", title_of(group)),
+            Column("95 % interval", title_of(group)),
+            Column("p (Holm)", title_of(group)),
+        ]
+        if both or printed:
+            columns.append(Column("paper", title_of(group)))
+    table = Table(
+        "effects",
+        "Effects: one axis changed, all else equal",
+        columns,
+        marks=marks_of(results),
+        caption="percentage points, mean over matched pairs of arms that differ in one axis only",
+    )
+    for effect in effects:
+        contrast, known = effect.contrast, printed.get(effect.contrast.name, {})
+        why = effect.notes[0] if effect.notes else "no score"
+        cells = [
+            Cell(contrast.name.replace("_", " "), href=f"#effect-{contrast.name}" if results.directory is not None else ""),
+            Cell(contrast.axis),
+            Cell(f"{' | '.join(contrast.start)} → {' | '.join(contrast.goal)}"),
+            Cell(str(len(effect.pairs))),
+        ]
+        if both:
+            cells.append(Cell("" if known.get("pairs") is None else str(known["pairs"]), tone="published"))
+        for group, estimate in effect.groups.items():
+            clear = estimate.low is not None and estimate.high is not None and (estimate.low > 0 or estimate.high < 0)
+            shrunk = f"{estimate.pairs} of {len(effect.pairs)} pairs" if 0 < estimate.pairs < len(effect.pairs) else ""
+            cells.append(number(estimate.mean, shrunk, reason=why, tone="strong" if clear else "", signed=True))
+            cells.append(
+                Cell(
+                    span(estimate.low, estimate.high, True) or "–",
+                    reason="" if estimate.low is not None else _no_interval(results, estimate),
+                )
+            )
+            cells.append(Cell(probability(estimate.p_holm) or "–"))
+            if both or printed:
+                cells.append(number(known.get(group), tone="published", signed=True, reason="no published effect"))
+        table.rows.append(cells)
+    if results.directory is not None:
+        table.notes.append(INTERVAL + "; they cover which questions were asked, not the training seed")
+        table.notes.append(
+            "p: questions' differences with signs flipped at random (two-sided), Holm's correction over the effects of the column"
+        )
+    table.notes += [f"{e.contrast.name}: {note}" for e in effects for note in e.notes]
+    return table
+
+
+def printed_effects(results: Results) -> dict[str, dict[str, Any]]:
+    """contrast name → printed effect per group and "pairs"."""
+    source = results.published or results
+    return {c["name"]: {**c.get("printed", {}), "pairs": c.get("printed_pairs")} for c in source.contrasts if c.get("printed")}
+
+
+def _no_interval(results: Results, estimate: Estimate) -> str:
+    if estimate.mean is None:
+        return ""
+    return "no answers row by row" if results.directory is None else "not every pair has its answers"
+
+
+def _printed(twin: Results | None, row: int | None, name: str) -> Cell:
+    arm = twin.by_row(row) if twin is not None else None
+    value = arm.value(name, twin.groups) if twin is not None and arm is not None else None
+    return number(value, tone="published", reason="not published")
+
+
+def _change(value: float | None, before: float | None, href: str = "", reason: str = "", tone: str = "") -> Cell:
+    moved = "" if value is None or before is None else f"({plain(value - before, signed=True)})"
+    return number(value, moved, href, reason, tone)

@@ -1,0 +1,135 @@
+"""What a report is made of: arms, their scores and the answers behind each score.
+
+In: nothing here reads files; `grid.report.load` fills these types from a run directory, `grid.report.published` from a
+published table, so that the same engine runs over both. Percentage points 0-100 throughout; shares of answers are 0-1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PER_CLASS = "mean_per_class"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Row-level outcome of one arm on one benchmark, in the order it was asked. All arrays have length N."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    correct: np.ndarray
+    """bool[N]"""
+    valid: np.ndarray
+    """bool[N]: an answer could be read off the text."""
+    options: np.ndarray
+    """int[N]: how many options the question showed."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, ids: np.ndarray) -> np.ndarray:
+        """Positions of these question ids; every one must be present."""
+        if np.array_equal(ids, self.ids):
+            return np.arange(len(self.ids))
+        where = {name: k for k, name in enumerate(self.ids.tolist())}
+        return np.array([where[name] for name in ids.tolist()], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of one arm on one benchmark, with what it rests on. Without row-level data only `value` is known."""
+
+    value: float
+    metric: str = "accuracy"
+    rule: str | None = None
+    n: int | None = None
+    valid: float | None = None
+    stderr: float | None = None
+    chance: float | None = None
+    answers: Answers | None = None
+    stage: str | None = None
+    path: Path | None = None
+    """The scored Parquet file."""
+
+
+@dataclass
+class Arm:
+    """One configuration of the grid and everything measured on it."""
+
+    name: str
+    axes: dict[str, str]
+    source: str = "trained"
+    row: int | None = None
+    init: str | None = None
+    """What its starting weights differ in beyond the axes; compared when arms are matched."""
+    seed: int | None = None
+    """Arms that repeat a recipe differ here; compared when arms are matched."""
+    scores: dict[str, Score] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    """benchmark → why there is no score."""
+    averages: dict[str, float] = field(default_factory=dict)
+    """group → the average as printed, where a table gives it; otherwise it is computed from the scores."""
+    controls: dict[str, Score] = field(default_factory=dict)
+    zeroshot: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stages: list[str] = field(default_factory=list)
+
+    def value(self, name: str, groups: dict[str, tuple[str, ...]]) -> float | None:
+        """A benchmark's value or a group's average; None when anything that it needs is missing (never an average over fewer)."""
+        if name not in groups:
+            return self.scores[name].value if name in self.scores else None
+        if name in self.averages:
+            return self.averages[name]
+        members = groups[name]
+        if not members or any(b not in self.scores for b in members):
+            return None
+        return float(np.mean([self.scores[b].value for b in members]))
+
+    def reason(self, name: str, groups: dict[str, tuple[str, ...]]) -> str:
+        """Why `value` is None."""
+        if name in groups:
+            absent = [b for b in groups[name] if b not in self.scores]
+            return "; ".join(f"{b}: {self.missing.get(b, 'not run')}" for b in absent) or "no benchmarks in this group"
+        return self.missing.get(name, "not run")
+
+
+@dataclass
+class Results:
+    """A run or a published table."""
+
+    title: str
+    groups: dict[str, tuple[str, ...]]
+    """group → its benchmarks, e.g. fine_grained → imagenet, flowers, pets, food."""
+    arms: list[Arm]
+    extra: tuple[str, ...] = ()
+    """Benchmarks that belong to no group."""
+    contrasts: list[dict[str, Any]] = field(default_factory=list)
+    """{"name", "axis", "from", "to", "where"} and, in a published table, the printed effect per group under "printed"."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Cumulative steps of a summary table: {"label", "row", "from_row", "note", "printed": {group: value}}."""
+    study: dict[str, Any] = field(default_factory=dict)
+    published: Results | None = None
+    directory: Path | None = None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """stage id → the planned stage with "done" (its DONE.json) or None."""
+    notices: list[str] = field(default_factory=list)
+    store: Path | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    """Who ran it, when and with which versions; where time went."""
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return list(dict.fromkeys([*(b for members in self.groups.values() for b in members), *self.extra]))
+
+    @property
+    def axes(self) -> list[str]:
+        return list(dict.fromkeys(axis for arm in self.arms for axis in arm.axes))
+
+    def by_row(self, row: int | None) -> Arm | None:
+        return next((arm for arm in self.arms if row is not None and arm.row == row), None)
+
+    def named(self, name: str) -> Arm | None:
+        return next((arm for arm in self.arms if arm.name == name), None)

@@ -22,7 +22,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +155,7 @@ class Store:
         return held["host"] == socket.gethostname() and process_birth(held["pid"]) != held["born"]
 
     @contextmanager
-    def _lock(self, stage: str) -> Iterator[None]:
+    def _lock(self, stage: str) -> Generator[None, None, None]:
         with (self._make(".lease") / f"{stage}.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -192,7 +192,7 @@ class Lease:
         return self.store.root / ".work" / self.stage / f"{self.token:08d}"
 
     @contextmanager
-    def held(self) -> Iterator[dict[str, Any]]:
+    def held(self) -> Generator[dict[str, Any], None, None]:
         """Holds the lease's file lock and yields the lease; raises LeaseLost if another attempt has a newer token."""
         with self.store._lock(self.stage):
             lease = self.store._read_lease(self.stage)

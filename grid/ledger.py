@@ -1,0 +1,295 @@
+"""The stage ledger: who makes which stage, who waits, how often it was tried. `LedgerCore` is plain Python; grid/ledger_actor.py serves it.
+
+In: the plan's stage graph, what the store already holds, reports of the lanes. Out: grants, the state of every arm, and two
+append-only files it alone writes: `ledger.jsonl` (attempts; they survive the driver) and `timeline.jsonl` (where lane time went).
+
+A stage goes to one lane at a time. Order: stages whose model the lane has just in hand, then arms as the study lists them,
+then the longest path of work behind. A failed stage fails the arms that need it and no others; what those arms have beside it still runs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+WAITING, RUNNING, DONE, FAILED, BLOCKED = "waiting", "running", "done", "failed", "blocked"
+UNCOUNTED = {"interrupted", "lost", "busy", "damaged"}
+LANE_STARTS = 3
+
+
+def model_stages(spec: dict[str, Any]) -> set[str]:
+    """Stages whose weights a spec's model is made of."""
+    parts = (spec.get("model") or {}).get("parts", {})
+    return {part["weights"]["stage"] for part in parts.values() if "stage" in part.get("weights", {})}
+
+
+class LedgerCore:
+    """All decisions, no waiting: every method returns at once. Times come from `clock`."""
+
+    def __init__(
+        self, plan: dict[str, Any], done: Iterable[str], folder: Path, epoch: int = 1, attempts: int = 5, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.folder, self.epoch, self.limit, self.clock = Path(folder), epoch, attempts, clock
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("ledger.jsonl", "timeline.jsonl"):
+            mend(self.folder / name)
+        self.stages: dict[str, dict[str, Any]] = {stage["id"]: stage for stage in plan["stages"]}
+        self.arms: dict[str, list[str]] = {arm["name"]: arm["stages"] for arm in [*plan["arms"], *plan.get("references", [])]}
+        finished = set(done)
+        self.state = {i: DONE if i in finished else WAITING for i in self.stages}
+        self.reason: dict[str, str] = {}
+        self.lane_of: dict[str, str] = {}
+        self.since: dict[str, float] = {}
+        self.not_before: dict[str, float] = {}
+        self.lanes: dict[str, dict[str, Any]] = {}
+        self.notices: list[str] = []
+        self.closed = self.stop = False
+        self._rank = self._priorities()
+        self.tried = dict.fromkeys(self.stages, 0)
+        self._replay()
+
+    # ---- lanes ask
+
+    def claim(self, lane: str) -> dict[str, Any] | None:
+        """The best stage that can start now, or None."""
+        if self.closed or self.stop:
+            return None
+        entry = self.lanes.setdefault(lane, {"world": 1, "warm": set(), "failures": 0, "dead": False, "progress": {}})
+        now = self.clock()
+        ready = [i for i in self.stages if self.ready(i) and self.not_before.get(i, 0) <= now and self._fits(i, entry["world"])]
+        if not ready:
+            return None
+        chosen = min(ready, key=lambda i: (self._warmth(i, lane), *self._rank[i]))
+        self.tried[chosen] += 1
+        self.state[chosen], self.lane_of[chosen], self.since[chosen] = RUNNING, lane, now
+        entry["progress"] = {}
+        self._journal("start", chosen, lane=lane, attempt=self.tried[chosen])
+        return {"stage": self.stages[chosen], "attempt": self.tried[chosen], "epoch": self.epoch}
+
+    def finish(self, lane: str, stage: str, report: dict[str, Any]) -> None:
+        if not self._mine(lane, stage):
+            return
+        self.state[stage] = DONE
+        self.lane_of.pop(stage)
+        if models := model_stages(self.stages[stage]["spec"]):
+            self.lanes[lane]["warm"] = models | {stage}
+        self._journal("finish", stage, lane=lane, found=bool(report.get("found")))
+        self._time(lane, stage, "found" if report.get("found") else "done", report.get("marks", {}))
+        if report.get("found"):
+            self.notices.append(f"{self.stages[stage]['name']}: made meanwhile by another run on this store")
+
+    def fail(self, lane: str, stage: str, failure: dict[str, Any]) -> None:
+        """`failure`: kind, message, detail, damaged (see trainers/failures.py)."""
+        if not self._mine(lane, stage):
+            return
+        kind, name = failure["kind"], self.stages[stage]["name"]
+        self.lane_of.pop(stage)
+        self.lanes[lane]["warm"] = set()
+        if kind in UNCOUNTED:
+            self.tried[stage] -= 1
+        limit = {"deterministic": 1, "memory": 2}.get(kind, self.limit)
+        final = kind not in UNCOUNTED and self.tried[stage] >= limit
+        self.state[stage] = FAILED if final else WAITING
+        self._journal("fail", stage, lane=lane, kind=kind, message=failure["message"], detail=failure.get("detail", ""), final=final)
+        self._time(lane, stage, kind, failure.get("marks", {}))
+        damaged = failure.get("damaged")
+        if kind == "damaged" and damaged in self.state:
+            self.state[damaged] = WAITING
+            self.notices.append(f"{self.stages[damaged]['name']}: its artefact was damaged ({failure['message']}) and is made again")
+        elif final:
+            self.reason[stage] = failure["message"]
+            self._block()
+        elif kind not in {"interrupted", "lost"}:
+            self.notices.append(f"{name}: attempt {self.tried[stage]} of {limit} failed ({kind}: {failure['message']}); it is tried again")
+
+    def busy(self, lane: str, stage: str, message: str, seconds: float) -> None:
+        """Another live run has the lease: the lane does something else, the stage is offered again a little later."""
+        if not self._mine(lane, stage):
+            return
+        first = stage not in self.not_before
+        self.not_before[stage] = self.clock() + min(5.0, max(0.5, seconds))
+        self.lane_of.pop(stage)
+        self.tried[stage] -= 1
+        self.state[stage] = WAITING
+        self._journal("fail", stage, lane=lane, kind="busy", message=message, final=False)
+        if first:
+            self.notices.append(f"{self.stages[stage]['name']}: waiting, {message}")
+
+    def lane_up(self, lane: str, world: int) -> None:
+        """A worker group (re)started: whatever it had under way was lost with its processes."""
+        restarted = lane in self.lanes
+        self.lanes.setdefault(lane, {"failures": 0, "dead": False})
+        self.lanes[lane].update(world=world, warm=set(), progress={})
+        for stage in [i for i, holder in self.lane_of.items() if holder == lane]:
+            self.fail(lane, stage, {"kind": "infrastructure", "message": f"a worker of {lane} died", "marks": {"begin": self.since[stage]}})
+        self._write("timeline.jsonl", {"event": "lane_restarted" if restarted else "lane_up", "lane": lane, "world": world, "time": self.clock()})
+
+    def lane_failed(self, lane: str, failure: dict[str, Any]) -> bool:
+        """A worker group could not start. True: give this lane up."""
+        entry = self.lanes.setdefault(lane, {"world": 1, "warm": set(), "failures": 0, "dead": False, "progress": {}})
+        entry["failures"] += 1
+        self.notices.append(f"{lane} did not start: {failure['message']}")
+        if entry["failures"] >= LANE_STARTS:
+            self.lane_lost(lane, failure["message"])
+        return entry["dead"]
+
+    def lane_lost(self, lane: str, message: str) -> None:
+        """A lane is gone for good; without any lane left nothing more can be made."""
+        entry = self.lanes.setdefault(lane, {"world": 1, "warm": set(), "failures": 0, "dead": False, "progress": {}})
+        if entry["dead"]:
+            return
+        entry["dead"] = True
+        for stage in [i for i, holder in self.lane_of.items() if holder == lane]:
+            self.fail(lane, stage, {"kind": "infrastructure", "message": f"{lane} ended: {message}"})
+        if all(other["dead"] for other in self.lanes.values()):
+            for stage in [i for i in self.stages if self.state[i] == WAITING]:
+                self.state[stage], self.reason[stage] = FAILED, f"no lane is left ({message})"
+                self._journal("fail", stage, kind="infrastructure", message=self.reason[stage], final=True)
+
+    def beat(self, lane: str, progress: dict[str, Any]) -> dict[str, Any]:
+        if lane in self.lanes:
+            self.lanes[lane]["progress"] = progress
+        return {"stop": self.stop}
+
+    # ---- the driver asks
+
+    def abandon(self) -> None:
+        """The run stops without waiting further: attempts under way don't count."""
+        for stage, lane in list(self.lane_of.items()):
+            self.fail(lane, stage, {"kind": "interrupted", "message": "the run was stopped"})
+
+    def settled(self) -> bool:
+        return not any(state in {WAITING, RUNNING} for state in self.state.values())
+
+    def arm(self, name: str) -> dict[str, Any]:
+        """{"state": waiting|running|done|failed, "done", "stages", "reason"}; an arm fails as soon as one of its stages has."""
+        states = [self.state[i] for i in self.arms[name]]
+        broken = [i for i in self.arms[name] if self.state[i] == FAILED]
+        if broken or BLOCKED in states:
+            cause = broken[0] if broken else next(i for i in self.arms[name] if self.state[i] == BLOCKED)
+            state, reason = FAILED, f"{self.stages[cause]['name']}: {self.reason.get(cause, '')}"
+        else:
+            state = DONE if all(s == DONE for s in states) else RUNNING if RUNNING in states else WAITING
+            reason = ""
+        open_ = any(s in {WAITING, RUNNING} for s in states)
+        return {"state": state, "open": open_, "done": states.count(DONE), "stages": len(states), "reason": reason}
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything a display or `grid.status` shows."""
+        running = [
+            {"stage": i, "name": self.stages[i]["name"], "lane": lane, "since": self.since[i], "attempt": self.tried[i], **self.lanes[lane]["progress"]}
+            for i, lane in self.lane_of.items()
+        ]
+        counts = {state: list(self.state.values()).count(state) for state in (WAITING, RUNNING, DONE, FAILED, BLOCKED)}
+        failed = {i: {"name": self.stages[i]["name"], "reason": self.reason.get(i, "")} for i, s in self.state.items() if s == FAILED}
+        lanes = {name: {"world": entry["world"], "dead": entry["dead"]} for name, entry in self.lanes.items()}
+        return {
+            "settled": self.settled(), "counts": counts, "running": running, "failed": failed, "lanes": lanes, "notices": self.notices,
+            "arms": {name: self.arm(name) for name in self.arms}, "state": self.state, "tried": {i: n for i, n in self.tried.items() if n},
+        }  # fmt: skip
+
+    # ---- inside
+
+    def ready(self, stage: str) -> bool:
+        return self.state[stage] == WAITING and all(self.state.get(need) == DONE for need in self.stages[stage]["needs"])
+
+    def _mine(self, lane: str, stage: str) -> bool:
+        return self.lane_of.get(stage) == lane  # a late word of a lane that was given up changes nothing
+
+    def _fits(self, stage: str, world: int) -> bool:
+        needed = self.stages[stage].get("runtime", {}).get("world", 1)
+        return world >= needed or all(entry["world"] < needed for entry in self.lanes.values() if not entry["dead"])
+
+    def _warmth(self, stage: str, lane: str) -> int:
+        """0: this lane has the model in hand; 1: nobody has; 2: another lane has, which will ask soon."""
+        models = model_stages(self.stages[stage]["spec"])
+        if not models:
+            return 1
+        if models <= self.lanes[lane]["warm"]:
+            return 0
+        return 2 if any(models <= entry["warm"] for entry in self.lanes.values() if not entry["dead"]) else 1
+
+    def _priorities(self) -> dict[str, tuple[int, float, int]]:
+        first = dict.fromkeys(self.stages, len(self.arms))
+        for index, stages in enumerate(self.arms.values()):
+            for stage in stages:
+                first[stage] = min(first[stage], index)
+        path = dict.fromkeys(self.stages, 0.0)
+        for stage in reversed(list(self.stages)):  # the plan lists stages in topological order
+            cost = self.stages[stage].get("cost", {})
+            path[stage] += float(cost.get("seconds") or cost.get("flops") or 1.0)
+            for need in self.stages[stage]["needs"]:
+                path[need] = max(path[need], path[stage])
+        return {stage: (first[stage], -path[stage], index) for index, stage in enumerate(self.stages)}
+
+    def _block(self) -> None:
+        """Stages behind a failed one can't run."""
+        for stage, entry in self.stages.items():
+            behind = [need for need in entry["needs"] if self.state[need] in {FAILED, BLOCKED}]
+            if self.state[stage] == WAITING and behind:
+                self.state[stage] = BLOCKED
+                self.reason[stage] = self.reason.get(behind[0], "") or self.stages[behind[0]]["name"]
+
+    def _replay(self) -> None:
+        """Attempts of earlier drivers of this run. What had failed for good is tried afresh: the user asked again."""
+        path, failed, opened = self.folder / "ledger.jsonl", set(), set()
+        for event in read_lines(path):
+            stage = event.get("stage", "")
+            if stage not in self.stages:
+                continue
+            kind = event["event"]
+            if kind == "start":
+                self.tried[stage] += 1
+                opened.add(stage)
+            elif kind == "fail":
+                opened.discard(stage)
+                self.tried[stage] -= event["kind"] in UNCOUNTED
+                if event["final"]:
+                    failed.add(stage)
+            elif kind in {"finish", "reset"}:
+                opened.discard(stage)
+                failed.discard(stage)
+                self.tried[stage] = 0
+        for stage in failed | {i for i in opened if self.tried[i] >= self.limit}:
+            if self.state[stage] == WAITING:
+                how = "failed" if stage in failed else "died"
+                self.notices.append(f"{self.stages[stage]['name']}: {how} in an earlier run and is tried afresh")
+                self._journal("reset", stage)
+            self.tried[stage] = 0
+        for stage in opened - failed:
+            if self.state[stage] == WAITING and self.tried[stage]:
+                self.notices.append(f"{self.stages[stage]['name']}: attempt {self.tried[stage]} was cut off with its driver; it goes on")
+
+    def _journal(self, event: str, stage: str, **more: Any) -> None:
+        self._write("ledger.jsonl", {"event": event, "stage": stage, "time": self.clock(), "epoch": self.epoch, **more})
+
+    def _time(self, lane: str, stage: str, status: str, marks: dict[str, float]) -> None:
+        entry = self.stages[stage]
+        what = {"event": "stage", "stage": stage, "name": entry["name"], "kind": entry["kind"], "lane": lane, "status": status}
+        times = {"claimed": self.since.pop(stage, None), "end": self.clock(), **marks}
+        self._write("timeline.jsonl", {**what, "attempt": self.tried[stage], "epoch": self.epoch, **times})
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def mend(path: Path) -> None:
+    """Closes the torn last line that a killed writer left, so that the next record starts on its own."""
+    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSONL file; a torn last line (a killed writer) is dropped."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

@@ -1,0 +1,127 @@
+"""Scoring: letters, validity and numbers of written-down answers; zero-shot shares by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from datasets_ray.choices import build_from_similarities
+from datasets_ray.errors import UserError
+from datasets_ray.rows import row, write_rows
+from trainers import choices, score, zeroshot
+from trainers.context import Context
+
+OPTIONS = ["Beagle", "Boxer", "Pug"]
+ASKED = [  # text, right letter, label → letter by vlmevalkit
+    ("A", "A", "Beagle", "A"),
+    ("The answer is B.", "B", "Boxer", "B"),
+    ("pug", "B", "Boxer", "C"),
+    ("", "C", "Pug", None),
+    ("Cannot determine the answer", "C", "Pug", "Z"),
+    ("E", "A", "Beagle", None),
+]
+
+
+def predictions(rows: list[tuple[str, str, str, str | None]] = ASKED) -> pa.Table:
+    return pa.table({
+        "id": [f"q{i}" for i in range(len(rows))], "prompt": ["?"] * len(rows), "options": [OPTIONS] * len(rows),
+        "answer": [r[1] for r in rows], "label": [r[2] for r in rows], "text": [r[0] for r in rows], "finished": [True] * len(rows),
+    })  # fmt: skip
+
+
+def test_every_answer_is_kept_with_its_letter(tmp_path: Path) -> None:
+    made = tmp_path / "predictions"
+    made.mkdir()
+    parquet.write_table(predictions(), made / "predictions.parquet")
+    (made / "manifest.json").write_text(json.dumps({"dropped": {"image unreadable": 1}}))
+    spec = {"predictions": "p", "rule": "vlmevalkit", "metric": "mean_per_class"}
+    ctx = Context.local(tmp_path / "stage", {"id": "s", "spec": spec}, {"p": made})
+    summary = score.run(spec, ctx)
+    scored = parquet.read_table(ctx.out / "scored.parquet")
+    assert scored.column_names == ["id", "label", "options", "answer", "text", "letter", "valid", "correct"]
+    assert scored.column("letter").to_pylist() == [letter for *_, letter in ASKED]
+    assert scored.column("correct").to_pylist() == [True, True, False, False, False, False]
+    assert scored.column("valid").to_pylist() == [True, True, True, False, False, False]
+    scores = json.loads((ctx.out / "scores.json").read_text())
+    assert scores == summary
+    assert scores["accuracy"] == pytest.approx(2 / 6) and scores["mean_per_class"] == pytest.approx((1 / 2 + 1 / 2 + 0) / 3)
+    assert scores["value"] == pytest.approx(100 / 3) and scores["chance"] == pytest.approx(100 / 3)
+    assert (scores["n"], scores["classes"], scores["valid"], scores["refused"], scores["unreadable"]) == (6, 3, 0.5, 1, 2)
+    assert scores["dropped"] == {"image unreadable": 1} and "e8e78f05" in scores["rule_source"]
+    assert scores["stderr"] == pytest.approx(100 * np.sqrt((0.5 / 2 + 0.5 / 2 + 0) / 9))
+
+
+def test_another_rule_reads_the_same_predictions_otherwise() -> None:
+    by_rule = {rule: score.score(predictions(), rule, "accuracy")[1] for rule in ("strict", "vlmevalkit", "foci", "lmms")}
+    assert by_rule["strict"]["valid"] == pytest.approx(1 / 6)
+    assert by_rule["foci"]["given_letters"] == {"A": 1, "C": 1}
+    assert by_rule["vlmevalkit"]["value"] > by_rule["strict"]["value"]
+
+
+def test_a_letter_not_shown_is_invalid_and_never_redrawn() -> None:
+    several = predictions([("Z", "A", "Beagle", None)] * 50)
+    for rule in ("vlmevalkit", "strict"):
+        scores = score.score(several, rule, "accuracy")[1]
+        assert (scores["value"], scores["valid"]) == (0.0, 0.0)
+
+
+def test_nothing_to_score_and_a_bad_key_are_errors() -> None:
+    with pytest.raises(UserError, match="no questions"):
+        score.score(predictions([]), "strict", "accuracy")
+    with pytest.raises(UserError, match="'q0'"):
+        score.score(predictions([("A", "D", "Beagle", None)]), "strict", "accuracy")
+    with pytest.raises(UserError, match="unknown metric"):
+        score.score(predictions(), "strict", "accurate")
+
+
+CLASSES = ["cat", "dog", "fox", "wolf", "bear", "lynx"]
+SIMILAR = np.array([
+    [0.9, 0.1, 0.2, 0.0, 0.3, 0.4],  # cat: right
+    [0.9, 0.8, 0.1, 0.2, 0.3, 0.4],  # dog: second
+    [0.5, 0.4, 0.3, 0.2, 0.1, 0.6],  # bear: sixth
+    [0.7, 0.7, 0.1, 0.1, 0.1, 0.1],  # dog: tied with cat, the earlier one is ranked first
+], dtype=np.float32)  # fmt: skip
+LABELS = ["cat", "dog", "bear", "dog"]
+
+
+def mined(folder: Path) -> dict[str, Path]:
+    write_rows([row(f"r{i}", label=label) for i, label in enumerate(LABELS)], folder / "rows", classes=CLASSES)
+    (folder / "similar").mkdir()
+    np.save(folder / "similar" / "similarities.npy", SIMILAR)
+    facts = {"ids": [f"r{i}" for i in range(4)], "classes": CLASSES, "model": "m", "template": "a photo of a {}"}
+    (folder / "similar" / "manifest.json").write_text(json.dumps(facts))
+    return {"rows": folder / "rows", "similar": folder / "similar"}
+
+
+def test_zero_shot_over_all_classes_and_among_the_choices(tmp_path: Path) -> None:
+    inputs = mined(tmp_path)
+    build_from_similarities(inputs["similar"], inputs["rows"], tmp_path / "asked", k=3, seed=0)
+    spec = {"similarities": "similar", "rows": "rows", "choices": "asked", "metric": "mean_per_class"}
+    ctx = Context.local(tmp_path / "stage", {"id": "z", "spec": spec}, {**inputs, "asked": tmp_path / "asked"})
+    scores = zeroshot.run(spec, ctx)
+    assert scores == json.loads((ctx.out / "scores.json").read_text())
+    assert (scores["top1"], scores["top5"], scores["n"], scores["ties"]) == (0.25, 0.75, 4, 1)
+    assert scores["mean_per_class"] == pytest.approx(1 / 3) and scores["value"] == pytest.approx(100 / 3)
+    # with the hardest negatives at hand, being wrong among all is being wrong among the few; the tie goes to the option shown first
+    assert scores["among_choices"] in (0.25, 0.5) and scores["among_choices_ties"] == 1
+    assert scores["chance"] == pytest.approx(100 / 6)
+
+
+def test_a_class_named_twice_is_right_in_either_column() -> None:
+    twice = [*CLASSES[:5], "Cat"]
+    assert zeroshot.over_all_classes(SIMILAR[:3], twice, ["cat", "dog", "Cat"])["top1"] == pytest.approx(2 / 3)
+
+
+def test_choices_stage_writes_questions(tmp_path: Path) -> None:
+    inputs = mined(tmp_path)
+    spec = {"similarities": "similar", "rows": "rows", "k": 4, "seed": 1, "question": "Which one?"}
+    ctx = Context.local(tmp_path / "stage", {"id": "c", "spec": spec}, inputs)
+    summary = choices.run(spec, ctx)
+    assert summary["rows"] == 4 and summary["k"] == 4
+    direct = build_from_similarities(inputs["similar"], inputs["rows"], tmp_path / "direct", k=4, seed=1, question="Which one?")
+    assert (ctx.out / "rows-00000.arrow").read_bytes() == (tmp_path / "direct" / direct["shards"][0]["file"]).read_bytes()

@@ -1,11 +1,10 @@
-"""What the numbers rest on: questions, validity, chance and controls, the encoders' own scores, rows lost, time and assumptions.
+"""What the numbers rest on: questions, validity, chance and controls, the encoders' own scores.
 
 In: `Results` of a run. Out: `Table`s, each None where the run has nothing of the kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ from grid.results import PER_CLASS, Arm, Results, Score
 
 CLEAR = 15.0
 """Points above chance that an arm must reach to count as having learned (with an interval clear of chance)."""
-LOST = ("dropped", "truncated", "substituted", "skipped", "cut", "unreadable", "missing")
-"""Keys of a stage's summary that count what was not used as it is."""
 
 
 def score_interval(score: Score) -> stats.Interval | None:
@@ -100,7 +97,7 @@ def benchmarks_table(results: Results) -> Table | None:
         invalid = [f"{arm.name} {plain(100 * s.valid)} %" for arm, s in scores if s.valid is not None and s.valid < 0.95]
         if invalid:
             table.notes.append(
-                f"{title_of(benchmark)}: under 95 % valid answers: {', '.join(invalid)}; the rest is text that the rule reads no option from"
+                f"{title_of(benchmark)}: under 95 % valid answers: {', '.join(invalid)}; the rest names no option"
             )
     return table if table.rows else None
 
@@ -264,45 +261,3 @@ def _accuracy(score: Score) -> float:
 def _points(value: float | None, found: dict[str, Any]) -> Any:
     """Zero-shot scores as points; a stage that wrote shares says `"unit": "share"`."""
     return None if value is None else 100 * value if found.get("unit") == "share" else value
-
-
-def lost_table(results: Results) -> Table | None:
-    """Every count of rows dropped, truncated, substituted or skipped, by stage and reason."""
-    columns = [Column("stage", numeric=False), Column("kind", numeric=False), Column("what", numeric=False), Column("count"), Column("of")]
-    table = Table("lost", "Rows dropped, truncated or substituted", columns, marks=marks_of(results))
-    for stage in results.stages.values():
-        summary = (stage.get("done") or {}).get("summary") or {}
-        of = next((summary[k] for k in ("rows", "samples", "n") if isinstance(summary.get(k), int)), None)
-        for what, count in _lost(summary):
-            table.rows.append([
-                Cell(stage.get("name", stage["id"])),
-                Cell(stage["kind"]),
-                Cell(what),
-                Cell(str(count)),
-                Cell("" if of is None else str(of)),
-            ])
-    if not table.rows and any(s["done"] for s in results.stages.values()):
-        table.notes.append("none: every stage used every row whole")
-        return table
-    return table if table.rows else None
-
-
-def _lost(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    for name, value in summary.items():
-        counted = name.split("_")[0] in LOST
-        if counted and isinstance(value, int) and not isinstance(value, bool) and value:
-            yield prefix + name.replace("_", " "), value
-        elif counted and isinstance(value, dict):
-            yield from ((f"{prefix}{name}: {reason}", count) for reason, count in value.items() if isinstance(count, int) and count)
-        elif isinstance(value, dict):
-            yield from _lost(value, f"{prefix}{name}: ")
-
-
-def assumptions_table(results: Results) -> Table | None:
-    """What the source leaves open and what was chosen, as written in the study file."""
-    given = results.study.get("assumptions") or []
-    table = Table(
-        "assumptions", "Assumptions", [Column("key", numeric=False), Column("value", numeric=False), Column("why", numeric=False)]
-    )
-    table.rows = [[Cell(str(a.get("key", ""))), Cell(str(a.get("value", ""))), Cell(str(a.get("text", "")))] for a in given]
-    return table if table.rows else None

@@ -1,6 +1,6 @@
 """A run directory as `Results`: what was planned, what is there, and the answers behind every number.
 
-In: `plan.json`, `run.json` and `timeline.jsonl` where they exist, and the store's finished artefacts (scores.json,
+In: `plan.json`; `run.json`, `ledger.jsonl` and `timeline.jsonl` where they exist; and the store's finished artefacts (scores.json,
 scored.parquet, DONE.json). Out: `grid.results.Results`, read-only; a run that is still going or lost arms loads as well,
 each absent score with its reason.
 """
@@ -73,7 +73,7 @@ def _arm(planned: dict[str, Any], results: Results, failures: dict[str, str]) ->
         if score is None:
             unfinished = next((s for s in arm.stages if s in results.stages and results.stages[s]["done"] is None), None)
             waits = f"{results.stages[unfinished]['name']} has not finished" if unfinished else "not run"
-            arm.missing[benchmark] = blocked or failures.get(arm.name) or waits
+            arm.missing[benchmark] = blocked or waits
         else:
             arm.scores[benchmark] = score
     for benchmark in results.benchmarks:
@@ -143,20 +143,13 @@ def _mean(values: np.ndarray, labels: np.ndarray, metric: str) -> float:
 
 
 def _failures(out: Path) -> dict[str, str]:
-    """stage id or arm name → what went wrong, from the run's own summary and timeline (the last word counts)."""
+    """stage id → the message it failed with for good, from the run's ledger (a later success or fresh try takes it back)."""
     found: dict[str, str] = {}
-    for event in _lines(out / "timeline.jsonl"):
-        stage = event.get("stage")
-        if stage and event.get("error"):
-            found[stage] = str(event["error"]).strip().splitlines()[-1]
-        elif stage and event.get("event") in ("done", "finished", "end"):
-            found.pop(stage, None)
-    for kind in ("stages", "arms"):
-        table = (_json(out / "summary.json") or {}).get(kind) or {}
-        entries = table.items() if isinstance(table, dict) else ((entry.get("name") or entry.get("id"), entry) for entry in table)
-        for name, entry in entries:
-            if isinstance(entry, dict) and entry.get("error"):
-                found[name] = str(entry["error"]).strip().splitlines()[-1]
+    for event in _lines(out / "ledger.jsonl"):
+        if event.get("event") == "fail" and event.get("final"):
+            found[event["stage"]] = (str(event.get("message", "")).strip().splitlines() or ["failed"])[0]
+        elif event.get("event") in ("finish", "reset"):
+            found.pop(event.get("stage", ""), None)
     return found
 
 
@@ -197,9 +190,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON", why=str(error), hint="the file is damaged; run the study again with the same --out"
-        ) from None
+        raise UserError(f"{path} is not JSON", why=str(error), hint="damaged; run the study again with the same --out") from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -67,10 +67,9 @@ def load_published(table: Path, beside: Path | None = None, title: str = "") -> 
                 else:
                     arm.scores[benchmark] = Score(value)
             computed = [arm.scores[b].value for b in members if b in arm.scores]
-            if printed is not None and len(computed) == len(members) and abs(printed - sum(computed) / len(computed)) > ROUNDING:
-                results.notices.append(
-                    f"{arm.name}: the printed {name} {printed:.1f} is not the mean of its columns ({sum(computed) / len(computed):.2f}); printed is used"
-                )
+            mean = sum(computed) / len(members)
+            if printed is not None and len(computed) == len(members) and abs(printed - mean) > ROUNDING:
+                results.notices.append(f"{arm.name}: printed {name} {printed:.1f}, its columns average {mean:.2f}; printed is used")
         results.arms.append(arm)
     origin = beside or table
     results.contrasts = _contrasts(_sibling(origin, "_effects.csv"))

@@ -1,0 +1,65 @@
+"""Next-token prediction: −Σ log p(next token) over the learned positions of the step, over their global count.
+
+In: a stream of packed tokens. Logits exist only at learned positions, a chunk of them at a time: neither images, prompts nor
+padding ever meet the vocabulary. LLaVA-1.5 averages within a micro-batch instead, which weighs short answers more the smaller
+the micro-batch is; the global count makes the loss a property of the step (DESIGN, section 3).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainers.batch import TensorBatch
+from trainers.objectives.base import Output
+
+CHUNK_LOGITS = 1 << 26
+"""Most logits held at once (0.25 GiB in fp32; a chunk's gradient takes as much again)."""
+
+
+def token_loss_sum(hidden: Tensor, head: nn.Module, learned: Tensor, targets: Tensor, vocabulary: int, most: int = CHUNK_LOGITS) -> Tensor:
+    """−Σ log p(targets) in fp32, float[].
+
+    hidden: float[T, D] last hidden states; head: D → vocabulary; learned: int64[L] positions in T; targets: int64[L].
+    Beyond `most` logits, chunks are recomputed in the backward pass instead of kept (one more product with the head).
+    """
+
+    def part(states: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head(states).float(), wanted, reduction="sum")
+
+    states = hidden.index_select(0, learned)
+    rows = max(1, most // vocabulary)
+    if len(states) <= rows:
+        return part(states, targets)
+    # ZeRO-3 frees weights between the passes, so the shapes kept by the first pass can't be compared with the second's
+    again = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+    chunks = zip(states.split(rows), targets.split(rows))
+    return torch.stack([checkpoint(part, s, t, **again) for s, t in chunks]).sum()
+
+
+class NextToken:
+    """`{"name": "next_token"}`; `stream` names another stream of the row."""
+
+    gathers: tuple[str, ...] = ()
+
+    def __init__(self, stream: str = "text", most_logits: int = CHUNK_LOGITS) -> None:
+        self.stream, self.most = stream, most_logits
+        self.streams = (stream,)
+
+    def forward(self, model: nn.Module, batch: TensorBatch) -> Output:
+        pack = batch.streams[self.stream]
+        hidden = model.hidden(pack)
+        return Output(self.loss_sum(model, pack, hidden))
+
+    def loss_sum(self, model: nn.Module, pack, hidden: Tensor) -> Tensor:
+        """The same over hidden states that another objective has at hand."""
+        vocabulary = getattr(model.lm_head, "out_features", None) or int(model.lm_head.weight.shape[0])
+        return token_loss_sum(hidden, model.lm_head, pack.learned, pack.targets, vocabulary, self.most)
+
+    def normaliser(self, batch: TensorBatch) -> float:
+        return float(max(1, batch.valid_tokens))
+
+    def gathered(self, representations: dict[str, Tensor]) -> Tensor:
+        raise AssertionError("next_token gathers nothing")

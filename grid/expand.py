@@ -1,0 +1,198 @@
+"""Arms from their entries: products, zips, seeds and single points in; named arms with a typed recipe each out, in stable order.
+
+An arm is its diff from `base`: axis values (each may set several recipe keys) and then its own `set`. Sections of a recipe
+are typed once per distinct set of changes, so that thousands of arms cost little.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, replace
+from typing import Any
+
+from datasets_ray.errors import nearest
+from grid.schema import Reader, _fields
+from grid.study import NAME, ArmEntry, Recipe, Reference, Study, Training
+from grid.yamlfile import Node, merged, nested
+
+SECTIONS = ("pretrain", "finetune", "connector")
+
+
+@dataclass
+class Arm:
+    """One configuration of the grid."""
+
+    name: str
+    row: int | None
+    source: str
+    """`trained`, or `released`: evaluated only."""
+    axes: dict[str, str]
+    recipe: Recipe
+    where: str
+    released: str | None = None
+    changes: dict[str, Any] | None = None
+    """Recipe keys set beyond the axes."""
+    stands_in: bool = False
+    """A reference that the profile trains itself, for want of the released weights."""
+
+
+def expand(study: Study, recipe: Node, reader: Reader) -> list[Arm]:
+    """All arms, trained ones first. Mistakes go to `reader`; arms with mistakes are left out."""
+    maker = Maker(study, recipe, reader)
+    arms: list[Arm] = []
+    for index, entry in enumerate(study.arms):
+        where = reader.marks[f"arms[{index}]"]
+        points = list(_points(entry))
+        if len(points) == 0:
+            reader.error(f"arms[{index}] makes no arm", why="a product or zip over an empty list", where=where)
+        for point, seed in points:
+            axes = {**study.base, **entry.at, **point}
+            changes = dict(entry.set)
+            if seed is not None:
+                changes["seed"] = Node(seed, *_place(where))
+            built = maker.recipe(axes, changes)
+            name = _named(entry, axes, point, seed, reader, where)
+            if built is not None and name is not None:
+                plain = {path: node.plain() for path, node in changes.items()}
+                arms.append(Arm(name, entry.row, "trained", axes, built, where, changes=plain))
+    for index, reference in enumerate(study.references):
+        where = reader.marks[f"references[{index}]"]
+        built = maker.recipe(axes := {**study.base, **reference.at}, {})
+        if built is not None:
+            arms.append(Arm(reference.name, reference.row, "released", axes, built, where, reference.released, {}))
+    _no_twins(arms, reader)
+    return arms
+
+
+def _points(entry: ArmEntry) -> Iterator[tuple[dict[str, str], int | None]]:
+    """(axis values, seed) of an entry: zip rows × product × seeds, the last varying fastest."""
+    zipped = [dict(zip(entry.zip, row)) for row in zip(*entry.zip.values())] if entry.zip else [{}]
+    crossed = [dict(zip(entry.product, row)) for row in itertools.product(*entry.product.values())]
+    for row, combination, seed in itertools.product(zipped, crossed, entry.seeds or [None]):
+        yield {**row, **combination}, seed
+
+
+def _named(entry: ArmEntry, axes: dict[str, str], point: dict[str, str], seed: int | None, reader: Reader, where: str) -> str | None:
+    """The arm's name by its template, else from what varies."""
+    if entry.name is None:
+        varying = point or entry.at
+        name = "-".join(varying.values()) or "base"
+    else:
+        try:
+            name = entry.name.format_map({**axes, "seed": seed, "row": entry.row})
+        except (KeyError, ValueError, IndexError, AttributeError) as error:
+            reader.error(f"name {entry.name!r} can't be filled: {error}", why="{...} stands for an axis or seed", hint=nearest(str(error).strip("'"), [*axes, "seed"]), where=where)
+            return None
+    if seed is not None and "{seed" not in (entry.name or ""):
+        name = f"{name}-s{seed}"
+    if not NAME.match(name):
+        reader.error(f"name {name!r} is no name", why="letters, digits, '.', '_', '+' and '-' only", where=where)
+        return None
+    return name
+
+
+def _no_twins(arms: list[Arm], reader: Reader) -> None:
+    """Two arms with one name, one published row or one content are a mistake; both places are told."""
+    names: dict[str, Arm] = {}
+    rows: dict[int, Arm] = {}
+    contents: dict[Any, Arm] = {}
+    for arm in arms:
+        content = (arm.released, tuple(arm.axes.values()), repr(sorted((arm.changes or {}).items())))
+        if (twin := names.setdefault(arm.name, arm)) is not arm:
+            reader.error(f"arm {arm.name!r} defined twice", why=f"also at {twin.where}", hint="names are unique", where=arm.where)
+        elif (twin := contents.setdefault(content, arm)) is not arm:
+            hint = "let them differ in an axis, `set` or `seeds`"
+            reader.error(f"arms {twin.name!r} and {arm.name!r} are the same", why=f"same axes and settings as at {twin.where}", hint=hint, where=arm.where)
+        if arm.row is not None and (twin := rows.setdefault(arm.row, arm)) is not arm:
+            reader.error(f"row {arm.row} is claimed by {twin.name!r} and {arm.name!r}", why=f"first at {twin.where}", where=arm.where)
+
+
+def _place(where: str) -> tuple[str, int | None]:
+    file, _, line = where.rpartition(":")
+    return (file, int(line)) if line.isdigit() else (where, None)
+
+
+class Maker:
+    """Types recipes: the base tree, changed by axis values and sets."""
+
+    def __init__(self, study: Study, tree: Node, reader: Reader) -> None:
+        self.study, self.tree, self.reader = study, tree, reader
+        self.cache: dict[Any, Any] = {}
+        self.kept: list[Any] = []
+        self.told: set[str] = set()
+        self.effects = {(axis, value): self._effects(axis, value) for axis, values in study.axes.items() for value in values}
+
+    def _effects(self, axis: str, value: str) -> dict[str, Node]:
+        values = self.study.axes[axis]
+        if isinstance(values, list):
+            return {axis: Node(value, *_place(self.reader.marks[f"axes.{axis}"]))}
+        return values[value]
+
+    def recipe(self, axes: dict[str, str], changes: dict[str, Node]) -> Recipe | None:
+        """The typed recipe, or None after telling what is wrong."""
+        touched: dict[str, list[tuple[str, Node]]] = {}
+        owner: dict[str, tuple[str, Node]] = {}
+        for axis, value in axes.items():
+            for path, node in self.effects[axis, value].items():
+                if path in owner and owner[path][1].plain() != node.plain():
+                    other, first = owner[path]
+                    self._tell(f"{path} is set by axis {other!r} and by axis {axis!r}", why=f"to different values, the other at {first.where}", where=node.where)
+                owner[path] = axis, node
+                touched.setdefault(path.split(".")[0], []).append((path, node))
+        for path, node in changes.items():
+            touched.setdefault(path.split(".")[0], []).append((path, node))
+        values: dict[str, Any] = {}
+        for name in _fields(Recipe):
+            section = self._section(name, touched.pop(name, []))
+            if section is None:
+                return None
+            values[name] = section[0]
+        for edits in touched.values():
+            for path, node in edits:
+                self._tell(f"{path}: no key of the recipe", hint=nearest(path, _paths()), where=node.where)
+        return None if touched else Recipe(**values)
+
+    def _section(self, name: str, edits: list[tuple[str, Node]]) -> tuple[Any] | None:
+        """One field of the recipe with its edits, typed; in a tuple, since the value itself may be None."""
+        cached = self.cache.get(marker := (name, tuple((path, id(node)) for path, node in edits)), ())
+        if cached != ():
+            return cached
+        partial = Node({name: self.tree.value[name]} if name in self.tree.value else {}, self.tree.file, self.tree.line)
+        for path, node in edits:
+            partial = merged(partial, nested(path.split("."), node))
+        result: tuple[Any] | None
+        annotation, field = _fields(Recipe)[name]
+        if name not in partial.value:
+            result = (field.default_factory() if field.default_factory is not MISSING else field.default,)
+        else:
+            reader = Reader()
+            value = reader._value(annotation, partial.value[name], f"recipe.{name}", field.metadata)
+            for error in reader.errors:
+                if error.render() not in self.told:
+                    self.told.add(error.render())
+                    self.reader.errors.append(error)
+            result = None if reader.errors else (value,)
+        self.cache[marker] = result
+        self.kept.append(edits)  # so that the ids in the cache's keys stay taken
+        return result
+
+    def _tell(self, what: str, *, why: str = "", hint: str = "", where: str) -> None:
+        if what + where not in self.told:
+            self.told.add(what + where)
+            self.reader.error(what, why=why, hint=hint, where=where)
+
+
+def _paths() -> list[str]:
+    """Every dotted key of a recipe."""
+    inner = [f"{section}.{name}" for section in ("pretrain", "finetune") for name in _fields(Training)]
+    return [*_fields(Recipe), *inner, "connector.builder", "connector.depth"]
+
+
+def with_changes(arm: Arm, study: Study, tree: Node, changes: dict[str, Node], reader: Reader) -> Arm:
+    """The arm with more recipe keys set: how a stand-in of a released model is made."""
+    built = Maker(study, tree, reader).recipe(arm.axes, changes)
+    return replace(arm, recipe=built or arm.recipe, stands_in=True)
+
+
+__all__ = ["Arm", "Maker", "Reference", "expand", "with_changes"]

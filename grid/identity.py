@@ -1,0 +1,97 @@
+"""What makes a stage the same stage: canonical JSON of its kind and spec, hashed, under a version that rises with golden results.
+
+`CLASSES` classes every configuration field: `identity` (can change a result), `runtime` (can't: how fast, where, how shown) or
+`structure` (an object whose own fields are classed, or a name that a spec replaces by what it stands for). A test compares it
+with the dataclasses, so that a new field is classed before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+IDENTITY_VERSION = 1
+"""Rises whenever a change of code changes a golden result: finished stages of older versions are then not reused."""
+
+IDENTITY, RUNTIME, STRUCTURE = "identity", "runtime", "structure"
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys, no blanks; 1.0 and 1 are the same number, NaN has no place in a spec."""
+    return json.dumps(_numbers(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _numbers(value: Any) -> Any:
+    """Whole floats as integers, so that `epochs: 1` and `epochs: 1.0` are one identity."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+    if isinstance(value, dict):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    return value
+
+
+def stage_id(kind: str, spec: dict[str, Any]) -> str:
+    """`train-3f2a9c01d4e5`: the kind and the first 12 hexadecimal digits of the content's SHA-256."""
+    return identify(kind, canonical(spec))
+
+
+def identify(kind: str, canonical_spec: str) -> str:
+    """`stage_id` of a spec that is canonical JSON already."""
+    content = f'{{"kind":{json.dumps(kind)},"spec":{canonical_spec},"version":{IDENTITY_VERSION}}}'
+    return f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def _table(kind: str, **groups: str) -> dict[str, str]:
+    return {f"{kind}.{name}": group for group, names in groups.items() for name in names.split()}
+
+
+CLASSES: dict[str, str] = {
+    **_table(
+        "Study",
+        identity="seed",
+        structure="compatibility recipe templates axes base arms references mining evaluation benchmarks controls",
+        runtime="study question published paper_cost groups contrasts assumptions",
+    ),
+    **_table("Recipe", identity="encoder llm model connector init seed", structure="pretrain finetune"),
+    **_table("Connector", identity="builder depth"),
+    **_table(
+        "Training",
+        identity="data epochs steps batch objective schedule warmup clip max_tokens template fit order seed",
+        structure="phases optimizer",
+    ),
+    **_table("Phase", identity="until learning_rates"),
+    **_table("Optimizer", identity="name betas eps weight_decay"),
+    **_table("ArmEntry", structure="at product zip seeds set", runtime="name row"),
+    **_table("Reference", structure="at", identity="released", runtime="name row"),
+    **_table("Benchmark", identity="data negatives metric zeroshot"),
+    **_table("Mining", identity="miner k template question seed"),
+    **_table("Evaluation", identity="suffix rule max_new_tokens method fit"),
+    **_table("Contrast", runtime="name axis from to where"),
+    **_table("Controls", structure="arms benchmarks", identity="seed"),
+    **_table("Assumption", runtime="key value text"),
+    **_table("PaperCost", runtime="devices device hours"),
+    **_table(
+        "Profile",
+        identity="precision",
+        structure="encoders llms models connectors data overrides",
+        runtime="profile about miniature device resources data_root store tracking",
+    ),
+    **_table("Image", identity="kind size patch merge min_pixels max_pixels mean std"),
+    **_table("Encoder", identity="config checkpoint revision seed", structure="trained image", runtime="shape"),
+    **_table("Llm", identity="config checkpoint revision seed tokenizer", structure="trained initial", runtime="shape"),
+    **_table(
+        "Model", identity="config checkpoint revision seed tokenizer template family stand_in", structure="trained initial image", runtime="shape"
+    ),
+    **_table("Bridge", identity="checkpoint revision", structure="of"),
+    **_table("Data", identity="source keys revision", structure="concat", runtime="rows tokens images megabytes"),
+    **_table("Device", runtime="name tflops mfu memory_gib"),
+    **_table(
+        "Resources",
+        runtime="lanes workers_per_lane cpus_per_worker gpus_per_worker data_cpus object_store_gib micro_tokens checkpoint_steps eval_batch zero "
+        "activation_checkpointing",
+    ),
+    **_table("Tracking", runtime="uri"),
+}

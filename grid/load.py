@@ -1,0 +1,181 @@
+"""A study file, a profile and `--set KEY=VALUE` in; both typed and checked out. Every mistake of all of them is told at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets_ray.errors import UserError, UserErrors, nearest
+from grid import compatibility, validate, yamlfile
+from grid.expand import Arm, expand, with_changes
+from grid.profile import Profile, choose
+from grid.schema import Reader, _fields
+from grid.study import Study
+from grid.yamlfile import Node
+
+
+@dataclass
+class Loaded:
+    """What a command works with."""
+
+    study: Study
+    profile: Profile
+    file: str
+    """The study's path as typed."""
+    directory: Path
+    reason: str
+    """Why this profile."""
+    arms: list[Arm]
+    """The arms chosen: trained ones, then references (`source` tells)."""
+    everything: list[Arm]
+    """All arms of the study: a chosen one may start from another's weights."""
+    published: Path | None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def headline(self) -> str:
+        return f"profile {self.profile.profile} ({self.reason}): {self.profile.about}"
+
+
+def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = (), arms: Sequence[str] = ()) -> Loaded:
+    """Reads and checks everything. Raises UserErrors with all mistakes found."""
+    errors: list[UserError] = []
+    study_path = Path(study)
+    study_tree = _attempt(lambda: yamlfile.read(study_path), errors)
+    profile_tree, reason = None, ""
+    try:
+        profile_path, reason = choose(profile)
+        profile_tree = yamlfile.read(profile_path)
+    except UserError as error:
+        errors.append(error)
+    study_sets, profile_sets = _split(sets, errors)
+    reader = Reader()
+    typed_profile = None
+    if profile_tree is not None:
+        for path, node in profile_sets:
+            profile_tree = _assign(profile_tree, path, node)
+        typed_profile = reader.read(Profile, profile_tree)
+    typed_study, own = None, study_tree
+    if study_tree is not None:
+        own, tree = _lay(study_tree, typed_profile, study_sets, reader)
+        typed_study = reader.read(Study, tree)
+    errors += reader.errors
+    if typed_study is None or typed_profile is None or own is None or study_tree is None:
+        raise UserErrors(_unique(errors))
+    published = study_path.parent / typed_study.published if typed_study.published else None
+    reader.errors = []
+    validate.check_profile(typed_profile, reader)
+    expanded = expand(typed_study, tree.value["recipe"], reader) if validate.check_axes(typed_study, reader) else []
+    validate.check_study(typed_study, typed_profile, expanded, own, reader)
+    expanded = _stand_ins(expanded, typed_study, typed_profile, tree, reader)
+    if published and not published.is_file():
+        reader.error(f"published: no file {typed_study.published!r}", why="it is looked for beside the study", where=reader.marks["published"])
+    if errors or reader.errors:
+        raise UserErrors(_unique(errors + reader.errors))
+    notices = list(compatibility.DIFFERS.get(typed_study.compatibility or "", []))
+    return Loaded(typed_study, typed_profile, yamlfile.shown(study_path), study_path.parent, reason, _select(expanded, arms, typed_study), expanded, published, notices)
+
+
+def _stand_ins(arms: list[Arm], study: Study, profile: Profile, tree: Node, reader: Reader) -> list[Arm]:
+    """Released models that the profile trains itself get the recipe for it."""
+    made = []
+    for arm in arms:
+        model = profile.models.get(arm.released or "")
+        made.append(with_changes(arm, study, tree.value["recipe"], model.stand_in, reader) if model and model.stand_in is not None else arm)
+    return made
+
+
+def _attempt(action: Any, errors: list[UserError]) -> Any:
+    try:
+        return action()
+    except UserErrors as several:
+        errors += several.errors
+    except UserError as error:
+        errors.append(error)
+    return None
+
+
+def _lay(study: Node, profile: Profile | None, sets: list[tuple[list[str], Node]], reader: Reader) -> tuple[Node, Node]:
+    """(the study over its compatibility defaults, the same under the profile's overrides and --set)."""
+    own = study
+    named = study.value.get("compatibility")
+    if named is not None and named.value is not None:
+        if isinstance(named.value, str) and named.value in compatibility.SETS:
+            own = yamlfile.merged(compatibility.tree(named.value), study)
+            own.file, own.line = study.file, study.line
+        else:
+            reader.error(f"compatibility: unknown set {named.value!r}", hint=nearest(str(named.value), compatibility.SETS), where=named.where)
+    tree = own
+    if profile and profile.overrides:
+        for name, node in profile.overrides.items():
+            tree = yamlfile.merged(tree, Node({name: node}, node.file, node.line))
+    for path, node in sets:
+        tree = _assign(tree, path, node)
+    return own, tree
+
+
+def _split(sets: Sequence[str], errors: list[UserError]) -> tuple[list[tuple[list[str], Node]], list[tuple[list[str], Node]]]:
+    """--set KEY=VALUE by whether the key is the study's or the profile's."""
+    study_keys, profile_keys = _fields(Study), _fields(Profile)
+    found: tuple[list, list] = ([], [])
+    for text in sets:
+        where = f"--set {text}"
+        name, equals, value = text.partition("=")
+        path = name.strip().split(".")
+        if not equals or not all(path):
+            errors.append(UserError(f"--set {text!r}", why="KEY=VALUE is expected", hint="for example --set recipe.finetune.batch=64"))
+        elif path[0] in study_keys or path[0] in profile_keys:
+            try:
+                node = yamlfile.parse(value, where, lines=False)
+            except UserError as error:
+                errors.append(error)
+                continue
+            found[0 if path[0] in study_keys else 1].append((path, node))
+        else:
+            errors.append(UserError(f"--set {name}: unknown key", hint=nearest(path[0], [*study_keys, *profile_keys])))
+    return found
+
+
+def _assign(tree: Node, path: list[str], leaf: Node) -> Node:
+    """The tree with the leaf at the dotted path; keys that hold dots themselves are found whole."""
+    if not path:
+        return leaf
+    children = tree.value if isinstance(tree.value, dict) else {}
+    for length in range(len(path), 0, -1):
+        name = ".".join(path[:length])
+        if name in children or length == 1:
+            child = children.get(name, Node({}, leaf.file, leaf.line))
+            return Node({**children, name: _assign(child, path[length:], leaf)}, tree.file, tree.line)
+    raise AssertionError("a path has a first part")
+
+
+def _select(arms: list[Arm], globs: Sequence[str], study: Study) -> list[Arm]:
+    """The arms whose names match any glob; all without globs."""
+    if not globs:
+        return arms
+    from fnmatch import fnmatchcase
+
+    for glob in globs:
+        if not any(fnmatchcase(arm.name, glob) for arm in arms):
+            raise UserError(f"--arms {glob!r} matches no arm of {study.study}", hint=nearest(glob, [arm.name for arm in arms]))
+    return [arm for arm in arms if any(fnmatchcase(arm.name, glob) for glob in globs)]
+
+
+def _unique(errors: list[UserError]) -> list[UserError]:
+    return list({error.render(): error for error in errors}.values())
+
+
+def as_plain(value: Any) -> Any:
+    """A typed study or profile (or a part) as JSON values."""
+    if isinstance(value, Node):
+        return value.plain()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name.rstrip("_"): as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(item) for item in value]
+    return value

@@ -1,0 +1,153 @@
+"""From names to model specs: a profile's assets become parts with weights, and the training stages that make those weights.
+
+In: profile, study, graph. Out: `ModelSpec` dictionaries (see the README's stage format) whose weights point at stages or checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets_ray.errors import UserError
+from grid.graph import Graph
+from grid.load import as_plain
+from grid.profile import Asset, Image, Profile
+from grid.study import Study, Training
+
+Spec = dict[str, Any]
+
+
+class Assets:
+    """Asset names → specs; training stages are added to the graph on first use."""
+
+    def __init__(self, study: Study, profile: Profile, graph: Graph) -> None:
+        self.study, self.profile, self.graph = study, profile, graph
+        self._known: dict[Any, Any] = {}
+
+    # data
+
+    def data(self, name: str) -> str:
+        """The dataset stage of a profile's data set."""
+        if ("data", name) not in self._known:
+            asset = self.profile.data[name]
+            if asset.concat:
+                inputs = [self.data(other) for other in asset.concat]
+                rows = sum(self.graph[i].rows for i in inputs)
+                spec: Spec = {"source": "concat", "inputs": inputs}
+                facts = {key: sum(self.graph[i].facts[key] * self.graph[i].rows for i in inputs) / rows for key in ("tokens", "images", "megabytes")}
+                id = self.graph.add("dataset", spec, f"data {name}", inputs, rows, **facts)
+            else:
+                spec = {"source": asset.source, **asset.keys, **({"revision": asset.revision} if asset.revision else {})}
+                rows = asset.keys["rows"] if isinstance(asset.keys.get("rows"), int) else asset.rows
+                id = self.graph.add("dataset", spec, f"data {name}", [], rows, tokens=asset.tokens, images=asset.images, megabytes=asset.megabytes)
+            self._known["data", name] = id
+        return self._known["data", name]
+
+    # models
+
+    def image(self, image: Image, fit: str | None) -> Spec:
+        """ImageRecipe of an encoder's pixels; fit: crop, pad or squash."""
+        if image.kind == "native":
+            return {key: getattr(image, key) for key in ("kind", "patch", "merge", "min_pixels", "max_pixels", "mean", "std")}
+        return {"kind": "square", "size": image.size, "patch": image.patch, "fit": fit or "crop", "mean": image.mean, "std": image.std}
+
+    def clip(self, name: str) -> Spec:
+        """A whole CLIP (both towers): mines, embeds, classifies. Its part `encoder` is an arm's vision encoder."""
+        if ("clip", name) not in self._known:
+            asset = self.profile.encoders[name]
+            model: Spec = {"family": "clip", "parts": {"encoder": self._part("open_clip", asset, asset.seed)}}
+            for index, training in enumerate(asset.trained):
+                label = f"encoder {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
+                model = self.train(model, training, label, self.image(asset.image, training.fit), asset.seed, shape=asset.shape)
+            self._known["clip", name] = model
+        return self._known["clip", name]
+
+    def llm(self, name: str) -> Spec:
+        """A causal language model with its tokenizer and template."""
+        if ("llm", name) not in self._known:
+            asset = self.profile.llms[name]
+            if asset.initial:
+                first = self.llm(asset.initial)
+                model: Spec = {**first, "parts": dict(first["parts"])}
+            else:
+                tokenizer = asset.tokenizer or asset.checkpoint
+                model = {"family": "causal_lm", "tokenizer": tokenizer, "parts": {"llm": self._part("causal_lm", asset, asset.seed)}}
+            model["template"] = self.template(name)
+            if asset.tokenizer:
+                model["tokenizer"] = asset.tokenizer
+            for index, training in enumerate(asset.trained):
+                label = f"llm {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
+                model = self.train(model, training, label, None, asset.seed, shape=asset.shape)
+            self._known["llm", name] = model
+        return self._known["llm", name]
+
+    def template(self, llm: str) -> str:
+        """The conversation template that the study gives a language model."""
+        template = self.study.templates.get(llm)
+        if template is None:
+            raise UserError(f"no conversation template for {llm!r}", hint=f"add `templates: {{{llm}: ...}}` to the study")
+        return template
+
+    def whole(self, name: str, llm: str) -> tuple[Spec, Image]:
+        """A whole architecture (qwen2_vl, or a released vlm) and the pixels it takes."""
+        if ("whole", name) not in self._known:
+            asset = self.profile.models[name]
+            if asset.initial:
+                first, image = self.whole(asset.initial, llm)
+                model: Spec = {**first, "parts": dict(first["parts"])}
+                image = asset.image or image
+            else:
+                builder = "qwen2_vl" if asset.family == "qwen2_vl" else "transformers"
+                image = asset.image or Image(size=336, patch=14)
+                template = asset.template or self.template(llm)
+                parts = {part: self._part(builder, asset, asset.seed) for part in ("encoder", "connector", "llm")}
+                model = {"family": asset.family, "template": template, "tokenizer": asset.tokenizer or asset.checkpoint, "parts": parts}
+            for index, training in enumerate(asset.trained):
+                label = f"model {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
+                model = self.train(model, training, label, self.image(image, training.fit), asset.seed, shape=asset.shape)
+            self._known["whole", name] = model, image
+        return self._known["whole", name]
+
+    def composed(self, encoder: str, llm: str, connector: Spec, weights: Spec) -> Spec:
+        """encoder → connector → language model. weights: where the connector's come from."""
+        clip, language = self.clip(encoder), self.llm(llm)
+        bridge = {"builder": connector["builder"], "config": {"depth": connector["depth"]} if connector["builder"] == "mlp" else {}, "weights": weights}
+        parts = {"encoder": clip["parts"]["encoder"], "connector": bridge, "llm": language["parts"]["llm"]}
+        return {"family": "vlm", "template": language["template"], "tokenizer": language["tokenizer"], "parts": parts}
+
+    def _part(self, builder: str, asset: Asset, seed: int) -> Spec:
+        weights: Spec = {"checkpoint": asset.checkpoint, "revision": asset.revision} if asset.checkpoint else {"fresh": seed}
+        return {"builder": builder, "config": asset.config or {}, "weights": weights}
+
+    # training
+
+    def train(self, model: Spec, training: Training, name: str, image: Spec | None, seed: int, **facts: Any) -> Spec:
+        """Adds the training stage and returns the model after it: trained parts point at the stage, others stay."""
+        names = [training.data] if isinstance(training.data, str) else training.data
+        rows = [self.data(n) for n in names]
+        needs = [*rows, *stages_of(model)]
+        spec: Spec = {
+            "model": model,
+            "data": {
+                "rows": rows, "image": image, "max_tokens": training.max_tokens, "order": training.order,
+                "template": training.template or model.get("template"),
+            },
+            "objective": training.objective,
+            "phases": [{"until": phase.until, "learning_rates": phase.learning_rates} for phase in training.phases],
+            "batch": training.batch,
+            **({"steps": training.steps} if training.steps is not None else {"epochs": training.epochs}),
+            "optimizer": as_plain(training.optimizer),
+            "schedule": training.schedule, "warmup": training.warmup, "clip": training.clip,
+            "precision": self.profile.precision,
+            "seed": seed if training.seed is None else training.seed,
+        }  # fmt: skip
+        total = sum(self.graph[i].rows for i in rows)
+        means = {key: sum(self.graph[i].facts[key] * self.graph[i].rows for i in rows) / total for key in ("tokens", "images")}
+        id = self.graph.add("train", spec, name, needs, total, **means, **facts)
+        trained = {part for phase in training.phases for part in phase.learning_rates}
+        parts = {key: {**part, "weights": {"stage": id}} if key in trained else part for key, part in model["parts"].items()}
+        return {**model, "parts": parts}
+
+
+def stages_of(model: Spec) -> list[str]:
+    """The stages that a model's weights come from."""
+    return [part["weights"]["stage"] for part in model["parts"].values() if "stage" in part["weights"]]

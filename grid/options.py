@@ -1,0 +1,41 @@
+"""What all commands share: study and profile flags, and how a user's mistake ends a command (message, exit 1, no traceback)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from datasets_ray.errors import UserError
+
+
+def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """An argument parser whose help is the module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def study(to: argparse.ArgumentParser) -> None:
+    """STUDY.yaml, --profile, --arms and --set."""
+    to.add_argument("study", metavar="STUDY.yaml", help="the study file")
+    to.add_argument("--profile", metavar="NAME|FILE", help="scale to run at; default: FINEGRID_PROFILE, else tiny")
+    to.add_argument("--arms", metavar="GLOB", nargs="+", action="extend", default=[], help="only arms whose names match")
+    to.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set a dotted key of study or profile (repeatable)")
+
+
+def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
+    """Runs a command and leaves the process: 0 or the command's code, 1 for a user's mistake, 130 when interrupted."""
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

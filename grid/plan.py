@@ -1,0 +1,223 @@
+"""The plan: a loaded study in; arms, stage graph, batch arithmetic and estimates out. Writes nothing, loads neither torch nor ray.
+
+    python -m grid.plan STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KEY=VALUE ...] [--json]
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+from grid import cost, options
+from grid.expand import Arm
+from grid.graph import Graph, Stage
+from grid.load import Loaded, load
+from grid.models import Assets, Spec, stages_of
+from trainers.stages import KINDS
+
+EFFECT_AXES = ("encoder", "llm", "arch", "pretraining", "finetuning", "updating")
+
+
+class Planner:
+    """Adds every stage that the arms need to one graph."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.loaded, self.study, self.profile = loaded, loaded.study, loaded.profile
+        self.graph = Graph()
+        self.assets = Assets(self.study, self.profile, self.graph)
+        self._models: dict[int, tuple[Spec, Spec, str | None]] = {}
+        self._zeroshot: dict[tuple[str, str], str] = {}
+
+    def arm(self, arm: Arm) -> dict[str, Any]:
+        """The plan.json entry of one arm; its stages are in the graph afterwards."""
+        model, image, _ = self.model(arm)
+        predictions: dict[str, str] = {}
+        scores: dict[str, str] = {}
+        zeroshot: dict[str, str] = {}
+        controls: dict[str, str] = {}
+        for name, benchmark in self.study.benchmarks.items():
+            predictions[name], scores[name] = self.evaluated(arm.name, model, image, name, self.questions(name), benchmark.metric)
+            if benchmark.zeroshot and model["family"] == "vlm" and not (arm.released and not arm.stands_in):
+                zeroshot[name] = self.zeroshot(arm.recipe.encoder, name)
+            chosen = self.study.controls
+            if arm.name in chosen.arms and (not chosen.benchmarks or name in chosen.benchmarks):
+                questions = self.questions(name)
+                spec = {"source": "permuted", "input": questions, "seed": chosen.seed}
+                facts = self.graph[questions].facts
+                permuted = self.graph.add("dataset", spec, f"permuted {name}", [questions], self.graph[questions].rows, **facts)
+                controls[name] = self.evaluated(arm.name, model, image, f"permuted {name}", permuted, benchmark.metric)[1]
+        targets = [*scores.values(), *zeroshot.values(), *controls.values(), *stages_of(model)]
+        stages = self.graph.closure(targets)
+        for id in stages:
+            self.graph[id].arms.append(arm.name)
+        axes = {axis: arm.axes[axis] for axis in self.study.axes}
+        return {
+            "name": arm.name, "row": arm.row, "source": arm.source, "released": arm.released, "stands_in": arm.stands_in, "axes": axes,
+            "init": arm.recipe.init, "seed": self.seed(arm), "changes": arm.changes or {}, "stages": stages, "scores": scores,
+            "predictions": predictions, "controls": controls, "zeroshot": zeroshot,
+        }  # fmt: skip
+
+    def seed(self, arm: Arm) -> int:
+        return self.study.seed if arm.recipe.seed is None else arm.recipe.seed
+
+    def model(self, arm: Arm) -> tuple[Spec, Spec, str | None]:
+        """(model after all training, ImageRecipe it is asked with, its pretraining stage or None)."""
+        if id(arm) not in self._models:
+            self._models[id(arm)] = self._model(arm)
+        return self._models[id(arm)]
+
+    def _model(self, arm: Arm) -> tuple[Spec, Spec, str | None]:
+        recipe, seed = arm.recipe, self.seed(arm)
+        asked = self.study.evaluation.fit or recipe.finetune.fit
+        if arm.released and not arm.stands_in:
+            model, pixels = self.assets.whole(arm.released, recipe.llm)
+            return model, self.assets.image(pixels, asked), None
+        pretraining = None
+        if recipe.model is not None:
+            model, pixels = self.assets.whole(recipe.model, recipe.llm)
+            facts: dict[str, Any] = {"shape": self.profile.models[recipe.model].shape}
+        else:
+            pixels = self.profile.encoders[recipe.encoder].image
+            connector = {"builder": recipe.connector.builder, "depth": recipe.connector.depth}
+            model = self.assets.composed(recipe.encoder, recipe.llm, connector, self.connector(arm, seed))
+            facts = {"shape": {"encoder": self.profile.encoders[recipe.encoder].shape, "llm": self.profile.llms[recipe.llm].shape}}
+            if recipe.init == "fresh" and "none" not in recipe.pretrain.data:
+                image = self.assets.image(pixels, recipe.pretrain.fit)
+                model = self.assets.train(model, recipe.pretrain, f"pretrain {arm.name}", image, seed, **facts)
+                pretraining = stages_of({"parts": {"connector": model["parts"]["connector"]}})[0]
+        if "none" not in recipe.finetune.data:
+            model = self.assets.train(model, recipe.finetune, f"finetune {arm.name}", self.assets.image(pixels, recipe.finetune.fit), seed, **facts)
+        return model, self.assets.image(pixels, asked), pretraining
+
+    def connector(self, arm: Arm, seed: int) -> Spec:
+        """Where a connector starts: fresh from the arm's seed, or a released one."""
+        if arm.recipe.init == "fresh":
+            return {"fresh": seed}
+        bridge = self.profile.connectors[arm.recipe.init]
+        if bridge.of is None:
+            return {"checkpoint": bridge.checkpoint, "revision": bridge.revision}
+        origin = next(a for a in self.loaded.everything if a.released == bridge.of and a.stands_in)
+        return {"stage": self.model(origin)[2], "part": "connector"}
+
+    def questions(self, benchmark: str) -> str:
+        """The rows artefact of a benchmark's questions."""
+        chosen = self.study.benchmarks[benchmark]
+        rows = self.assets.data(chosen.data)
+        if chosen.negatives != "mined":
+            return rows
+        mining = self.study.mining
+        assert mining is not None
+        similarities = self.similarities(mining.miner, rows, benchmark)
+        spec = {"similarities": similarities, "rows": rows, "k": mining.k, "seed": mining.seed, "question": mining.question}
+        return self.graph.add("choices", spec, f"choices {benchmark}", [similarities, rows], self.graph[rows].rows, tokens=60.0, images=1.0, megabytes=5.0)
+
+    def similarities(self, encoder: str, rows: str, benchmark: str) -> str:
+        """Image-label similarities of a CLIP over labelled rows; embeddings are shared by whoever asks."""
+        model, asset = self.assets.clip(encoder), self.profile.encoders[encoder]
+        mining = self.study.mining
+        template = mining.template if mining else "a photo of a {}"
+        image, count = self.assets.image(asset.image, "crop"), self.graph[rows].rows
+        spec: Spec = {"model": model, "rows": rows, "image": image, "precision": self.profile.precision}
+        needs = [rows, *stages_of(model)]
+        embeddings = self.graph.add("embeddings", spec, f"embed {benchmark} {encoder}", needs, count, shape=asset.shape, images=1.0)
+        spec = {"embeddings": embeddings, "model": model, "rows": rows, "template": template}
+        return self.graph.add("similarities", spec, f"similarities {benchmark} {encoder}", [embeddings, *needs], count, shape=asset.shape)
+
+    def zeroshot(self, encoder: str, benchmark: str) -> str:
+        """The scores of an arm's encoder as a zero-shot classifier."""
+        if (encoder, benchmark) not in self._zeroshot:
+            chosen = self.study.benchmarks[benchmark]
+            rows, questions = self.assets.data(chosen.data), self.questions(benchmark)
+            similarities = self.similarities(encoder, rows, benchmark)
+            spec = {"similarities": similarities, "rows": rows, "choices": questions, "metric": chosen.metric}
+            id = self.graph.add("zeroshot", spec, f"zero-shot {benchmark} {encoder}", [similarities, rows, questions], self.graph[rows].rows)
+            self._zeroshot[encoder, benchmark] = id
+        return self._zeroshot[encoder, benchmark]
+
+    def evaluated(self, arm: str, model: Spec, image: Spec, benchmark: str, questions: str, metric: str) -> tuple[str, str]:
+        """(prediction stage, score stage) of a model on questions."""
+        how = self.study.evaluation
+        spec: Spec = {
+            "model": model, "questions": questions, "image": image, "suffix": how.suffix, "method": how.method,
+            "max_new_tokens": how.max_new_tokens, "precision": self.profile.precision,
+        }  # fmt: skip
+        rows, facts = self.graph[questions].rows, self.graph[questions].facts
+        predictions = self.graph.add("predict", spec, f"predict {arm} {benchmark}", [questions, *stages_of(model)], rows, **facts)
+        spec = {"predictions": predictions, "rule": how.rule, "metric": metric}
+        return predictions, self.graph.add("score", spec, f"score {arm} {benchmark}", [predictions], rows)
+
+    def runtime(self, stage: Stage) -> dict[str, Any]:
+        """Knobs that can't change the result."""
+        resources = self.profile.resources
+        return {
+            "world": resources.workers_per_lane if KINDS[stage.kind].collective else 1,
+            "zero": resources.zero, "micro_tokens": resources.micro_tokens, "checkpoint_steps": resources.checkpoint_steps,
+            "activation_checkpointing": resources.activation_checkpointing, "eval_batch": resources.eval_batch,
+        }  # fmt: skip
+
+
+def plan(loaded: Loaded) -> dict[str, Any]:
+    """plan.json as a dictionary."""
+    planner = Planner(loaded)
+    entries = [planner.arm(arm) for arm in loaded.arms]
+    study, profile = loaded.study, loaded.profile
+    estimator = cost.Estimator(planner.graph, profile)
+    for stage in planner.graph.stages.values():
+        stage.runtime = planner.runtime(stage)
+        estimator.fill(stage)
+    stages = [stage for stage in planner.graph.stages.values() if stage.arms]
+    contrasts = [{"name": c.name, "axis": c.axis, "from": c.from_, "to": c.to, "where": c.where} for c in study.contrasts]
+    return {
+        "study": {
+            "name": study.study, "question": study.question, "file": loaded.file, "profile": profile.profile, "profile_reason": loaded.reason,
+            "about": profile.about, "miniature": profile.miniature, "seed": study.seed, "compatibility": study.compatibility,
+            "assumptions": [{"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions], "notices": loaded.notices,
+        },
+        "groups": study.groups,
+        "contrasts": contrasts,
+        "published": str(loaded.published) if loaded.published else None,
+        "arms": [entry for entry in entries if entry["source"] == "trained"],
+        "references": [entry for entry in entries if entry["source"] == "released"],
+        "stages": [stage.plain() for stage in stages],
+        "totals": cost.totals(stages, entries, profile, study.paper_cost),
+    }  # fmt: skip
+
+
+def steps(rows: int, batch: int, epochs: float | None, fixed: int | None) -> int:
+    """Optimiser steps of a stage; the last, partial batch counts."""
+    return fixed if fixed is not None else max(1, math.ceil((epochs or 0) * rows / batch))
+
+
+def dump(content: dict[str, Any]) -> str:
+    """plan.json's text: one line per arm and stage, so that two plans can be compared line by line."""
+    lines = []
+    for key, value in content.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+        else:
+            text = json.dumps(value)
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{" + ",\n".join(lines) + "}\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options.parser("grid.plan", __doc__)
+    options.study(parser)
+    parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
+    given = parser.parse_args(argv)
+    loaded = load(given.study, given.profile, given.set, given.arms)
+    made = plan(loaded)
+    if given.json:
+        sys.stdout.write(dump(made))
+    else:
+        from grid import plantext
+
+        print(loaded.headline)
+        print(plantext.render(made, loaded))
+    return 0
+
+
+if __name__ == "__main__":
+    options.run(main)

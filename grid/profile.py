@@ -1,0 +1,169 @@
+"""The scale a study runs at: what its names mean (assets), what there is to compute with (resources), what is smaller (overrides).
+
+An asset is a checkpoint (`checkpoint:`, `revision:`) or a small model (`config:`) that becomes training stages (`trained:`),
+run once on first use and kept by identity. A profile is `experiments/profiles/NAME.yaml` or any file.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets_ray.errors import UserError, nearest
+from grid.schema import option
+from grid.study import Training, _name
+from grid.yamlfile import Node
+
+HERE = Path(__file__).resolve().parent.parent / "experiments" / "profiles"
+DEFAULT = "tiny"
+
+
+def _three(values: list[float]) -> str | None:
+    return None if len(values) == 3 else f"{len(values)} numbers, one per colour channel expected"
+
+
+@dataclass
+class Image:
+    """How pixels reach an encoder (datasets_ray.images)."""
+
+    kind: Literal["square", "native"] = option("one square per image, or the image's own size in patches", "square")
+    size: int | None = option("side of the square", None, unit="pixels", low=1, high=8192)
+    patch: int = option("side of a patch", unit="pixels", low=1, high=512)
+    merge: int | None = option("native: patches per side that become one token", None, low=1, high=16)
+    min_pixels: int | None = option("native: smallest area", None, unit="pixels", low=1)
+    max_pixels: int | None = option("native: largest area", None, unit="pixels", low=1)
+    mean: list[float] = option("of the channels, 0-1", [0.48145466, 0.4578275, 0.40821073], check=_three)
+    std: list[float] = option("of the channels, 0-1", [0.26862954, 0.26130258, 0.27577711], check=_three)
+
+
+@dataclass
+class Asset:
+    """What every model asset may say about its weights."""
+
+    config: dict[str, Any] | None = option("architecture: a tiny model's, or `{name: ...}` of a library's", None)
+    checkpoint: str | None = option("directory or hub id of released weights", None)
+    revision: str | None = option("revision of the checkpoint", None)
+    shape: dict[str, Any] | None = option("architecture numbers of a checkpoint, for the cost estimate only", None)
+    trained: list[Training] = option("training stages, one after another, that make the weights", [])
+    seed: int = option("of fresh weights", 0, low=0)
+
+
+@dataclass
+class Encoder(Asset):
+    """A CLIP model: its image tower is the vision encoder, both towers mine and classify."""
+
+    image: Image = option("pixels in")
+
+
+@dataclass
+class Llm(Asset):
+    """A causal language model."""
+
+    tokenizer: str | None = option("committed tokenizer, directory or hub id; null: the one of `initial`, else the checkpoint's", None)
+    initial: str | None = option("language model of this profile whose weights `trained` starts from", None)
+
+
+@dataclass
+class Model(Asset):
+    """A whole vision-language architecture with its own weights, or a released model."""
+
+    family: Literal["vlm", "qwen2_vl"] = option("architecture", "vlm")
+    image: Image | None = option("pixels in; null for `vlm`: its encoder's", None)
+    tokenizer: str | None = option("committed tokenizer, directory or hub id", None)
+    template: str | None = option("conversation template; null: the language model's", None)
+    initial: str | None = option("model of this profile whose weights `trained` starts from", None)
+    stand_in: dict[str, Node] | None = option("recipe keys of a model trained here in a released one's place, beside its reference's axes", None)
+
+
+@dataclass
+class Bridge:
+    """A released connector."""
+
+    checkpoint: str | None = option("directory or hub id", None)
+    revision: str | None = option("revision of the checkpoint", None)
+    of: str | None = option("model of this profile with `stand_in`, whose pretraining makes the connector", None)
+
+
+@dataclass
+class Data:
+    """A data set: a source's rows, or several sets as one."""
+
+    source: str | None = option("reader in datasets_ray.sources", None)
+    keys: dict[str, Any] = option("the source's own keys: part, split, rows, seed ...", {})
+    revision: str | None = option("which version of the data", None)
+    concat: list[str] = option("data sets of this profile, one after another", [])
+    rows: int | None = option("rows, where `keys` has no `rows`: for batch arithmetic only", None, unit="rows", low=1)
+    tokens: float = option("mean text tokens of a row, for the cost estimate only", 32.0, unit="tokens", above=0.0)
+    images: float = option("mean images of a row, for the cost estimate only", 1.0, unit="images", low=0.0)
+    megabytes: float = option("size of a thousand rows, for the disk estimate only", 5.0, unit="MB", low=0.0)
+
+
+@dataclass
+class Device:
+    """One accelerator (or core) of the profile, for estimates only."""
+
+    name: str = option("its name", "one CPU core")
+    tflops: float = option("peak rate at the profile's precision", 0.05, unit="TFLOP/s", above=0.0)
+    mfu: float = option("assumed share of the peak that training reaches", 0.3, above=0.0, high=1.0)
+    memory_gib: float = option("its memory", 4.0, unit="GiB", above=0.0)
+
+
+@dataclass
+class Resources:
+    """What a run may use. Nothing here changes a result."""
+
+    lanes: int = option("worker groups at a time", 1, low=1)
+    workers_per_lane: int = option("workers of a group", 1, low=1)
+    cpus_per_worker: float = option("cores of a worker", 1.0, above=0.0)
+    gpus_per_worker: float = option("accelerators of a worker", 0.0, low=0.0)
+    data_cpus: float = option("cores left to Ray Data", 1.0, low=0.0)
+    object_store_gib: float = option("cap of Ray's object store", 0.5, unit="GiB", above=0.0)
+    micro_tokens: int = option("tokens of one micro-batch", 8192, unit="tokens", low=16)
+    checkpoint_steps: int = option("steps between two checkpoints", 50, unit="steps", low=1)
+    eval_batch: int = option("questions of one batch", 64, unit="questions", low=1)
+    zero: Literal["auto", 0, 1, 2, 3] = option("DeepSpeed ZeRO stage; auto: the least that fits", "auto")
+    activation_checkpointing: Literal["auto", True, False] = option("recompute activations in the backward pass; auto: where memory asks for it", "auto")
+
+
+@dataclass
+class Tracking:
+    """Where metrics go besides the run directory."""
+
+    uri: str | None = option("MLflow server; null: SQLite in the run directory", None)
+
+
+@dataclass
+class Profile:
+    """One YAML file under experiments/profiles."""
+
+    profile: str = option("its name", check=_name)
+    about: str = option("what it is for, in a sentence")
+    miniature: bool = option("whether every table must say so", False)
+    precision: Literal["fp32", "bf16"] = option("of training and prediction", "fp32")
+    device: Device = option("for estimates", Device)
+    resources: Resources = option("for runs", Resources)
+    data_root: str | None = option("folder of the user's data sets; null: FINEGRID_DATA", None)
+    store: str | None = option("folder of finished stages; null: FINEGRID_STORE, else inside the run", None)
+    tracking: Tracking = option("for metrics", Tracking)
+    encoders: dict[str, Encoder] = option("name → CLIP model", {})
+    llms: dict[str, Llm] = option("name → language model", {})
+    models: dict[str, Model] = option("name → whole or released model", {})
+    connectors: dict[str, Bridge] = option("name → released connector", {})
+    data: dict[str, Data] = option("name → data set", {})
+    overrides: dict[str, Node] | None = option("study keys that are different at this scale", None)
+
+
+def choose(name: str | None) -> tuple[Path, str]:
+    """(file, why) of the profile asked for: the argument, else FINEGRID_PROFILE, else tiny."""
+    wanted, why = (name, "--profile") if name else (os.environ.get("FINEGRID_PROFILE"), "FINEGRID_PROFILE")
+    if not wanted:
+        wanted, why = DEFAULT, "the default; --profile or FINEGRID_PROFILE chooses another"
+    path = Path(wanted)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        return path, why
+    path = HERE / f"{wanted}.yaml"
+    if not path.is_file():
+        raise UserError(f"no profile {wanted!r}", why=f"asked for by {why}", hint=nearest(wanted, [p.stem for p in HERE.glob('*.yaml')]))
+    return path, why

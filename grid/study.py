@@ -1,0 +1,223 @@
+"""What a study file may say: typed, strict, every key with its meaning. `schema.Reader` fills these from YAML.
+
+A study is a base recipe, axes whose values change parts of it, arms (points of the grid), benchmarks and contrasts.
+It names models, encoders and data sets; a profile (grid/profile.py) says what those names are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from grid.schema import option
+from grid.yamlfile import Node
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*$")
+
+
+def _name(value: str) -> str | None:
+    return None if NAME.match(value) and len(value) <= 100 else f"{value!r} is no name (letters, digits, '.', '_', '+' and '-', at most 100)"
+
+
+def _phases(phases: list[Phase | None]) -> str | None:
+    ends = [phase.until for phase in phases if phase]
+    if not ends:
+        return "no phase at all"
+    if ends != sorted(set(ends)):
+        return f"phases end at {ends}, which doesn't rise"
+    return None if abs(ends[-1] - 1.0) < 1e-9 else f"the last phase ends at {ends[-1]}, not at 1.0"
+
+
+def _rates(rates: dict[str, float]) -> str | None:
+    if not rates:
+        return "no learning rate: nothing would be trained"
+    wrong = [f"{part}: {rate}" for part, rate in rates.items() if not 0 < rate < 10]
+    return f"learning rate {', '.join(wrong)} is impossible (0 < rate < 10; leave a frozen part out)" if wrong else None
+
+
+def _betas(betas: list[float]) -> str | None:
+    return None if len(betas) == 2 and all(0 <= b < 1 for b in betas) else f"{betas} is not two numbers in [0, 1)"
+
+
+@dataclass
+class Phase:
+    """A stretch of a training stage with its own trainable parts."""
+
+    until: float = option("share of all steps at which the phase ends; the last ends at 1.0", above=0.0, high=1.0)
+    learning_rates: dict[str, float] = option("part (encoder, connector, llm) → peak learning rate; parts left out are frozen")
+
+
+@dataclass
+class Optimizer:
+    """Of every training stage that doesn't say otherwise."""
+
+    name: Literal["adamw"] = option("update rule", "adamw")
+    betas: list[float] = option("decay of the first and second moment", [0.9, 0.999], check=_betas)
+    eps: float = option("added to the root of the second moment", 1e-8, above=0.0)
+    weight_decay: float = option("decoupled weight decay", 0.0, low=0.0, high=1.0)
+
+
+@dataclass
+class Training:
+    """One training stage: data, objective, what is trained at which rate, for how long."""
+
+    data: str | list[str] = option("data set(s) of the profile; `none`: the stage is left out")
+    epochs: float | None = option("passes over all rows; or give `steps`", None, unit="epochs", above=0.0, high=1000)
+    steps: int | None = option("optimiser steps; or give `epochs`", None, unit="steps", low=1)
+    batch: int = option("samples of one optimiser step over all devices", unit="samples", low=1, high=1_000_000)
+    phases: list[Phase] = option("what is trained at which peak rate, until when", check=_phases)
+    objective: dict[str, Any] = option("`name` of the objective and its own keys", {"name": "next_token"})
+    optimizer: Optimizer = option("update rule", Optimizer)
+    schedule: Literal["cosine", "linear", "constant"] = option("shape of the learning rate over all steps", "cosine")
+    warmup: float = option("share of steps over which the rate rises from 0", 0.03, low=0.0, high=1.0)
+    clip: float | None = option("largest global gradient norm; null: no clipping", None, above=0.0)
+    max_tokens: int = option("a sample longer than this is cut (and counted)", 2048, unit="tokens", low=8)
+    template: str | None = option("conversation template; null: the language model's own", None)
+    fit: Literal["crop", "pad", "squash"] | None = option("how an image becomes a square; null: crop", None)
+    order: Literal["shuffle", "modality_grouped"] = option("order of samples: seeded shuffle, or steps of one modality", "shuffle")
+    seed: int | None = option("of order and fresh weights; null: the arm's", None, low=0)
+
+
+@dataclass
+class Connector:
+    """Between encoder and language model."""
+
+    builder: Literal["mlp", "linear"] = option("form", "mlp")
+    depth: int = option("linear layers, GELU between them", 2, unit="layers", low=1, high=8)
+
+
+@dataclass
+class Recipe:
+    """Everything that makes an arm's weights."""
+
+    encoder: str = option("vision encoder, a name of the profile")
+    llm: str = option("language model, a name of the profile")
+    model: str | None = option("a whole architecture with its own weights instead of encoder + connector + llm", None)
+    connector: Connector = option("the connector's form", Connector)
+    init: str = option("`fresh` connector, or the name of a released one, which then replaces pretraining", "fresh")
+    seed: int | None = option("of fresh weights and data order; null: the study's", None, low=0)
+    pretrain: Training = option("alignment on captions")
+    finetune: Training = option("instruction tuning")
+
+
+@dataclass
+class ArmEntry:
+    """One arm, or a family of arms by `product` and `zip`; always the diff from `base`."""
+
+    name: str | None = option("name, or a template such as '{encoder}-{llm}' over axes; null: made from what varies", None)
+    row: int | None = option("row of the published table", None, low=0)
+    at: dict[str, str] = option("axis → value where it differs from `base`", {})
+    product: dict[str, list[str]] = option("axis → values; all combinations", {})
+    zip: dict[str, list[str]] = option("axis → values; taken side by side, equally long", {})
+    seeds: list[int] = option("one arm per seed", [])
+    set: dict[str, Node] = option("dotted recipe key → value, beyond the axes", {})
+
+
+@dataclass
+class Reference:
+    """A released model that is evaluated but not trained."""
+
+    name: str = option("name in tables", check=_name)
+    row: int | None = option("row of the published table", None, low=0)
+    at: dict[str, str] = option("axis → value where it differs from `base`", {})
+    released: str = option("model of the profile")
+
+
+@dataclass
+class Benchmark:
+    """Questions with one right answer each."""
+
+    data: str = option("data set of the profile")
+    negatives: Literal["mined", "annotated", "given"] = option(
+        "where wrong options come from: mined by a CLIP model, people's annotations of model errors, or the set itself", "given"
+    )
+    metric: Literal["accuracy", "mean_per_class"] = option("what its score is", "accuracy")
+    zeroshot: bool = option("whether CLIP encoders classify it too", False)
+
+
+@dataclass
+class Mining:
+    """How labelled images become k-way questions."""
+
+    miner: str = option("CLIP encoder of the profile that finds look-alike classes; never one of the arms' encoders")
+    k: int = option("options of a question", 5, unit="options", low=2, high=26)
+    template: str = option("text of a class for the miner and zero-shot classification; `{}` is its name", "a photo of a {}")
+    question: str = option("asked about each image", "What type of object is in this photo?")
+    seed: int = option("of the order of options", 0, low=0)
+
+
+@dataclass
+class Evaluation:
+    """How models are asked and answers read."""
+
+    suffix: str = option("last line of a prompt", "Answer with the option's letter from the given choices directly.")
+    rule: str = option("answer rule, of `datasets_ray.answers`", "vlmevalkit")
+    max_new_tokens: int = option("longest answer", 8, unit="tokens", low=1, high=4096)
+    method: Literal["generate"] = option("greedy generation", "generate")
+    fit: Literal["crop", "pad", "squash"] | None = option("how an image becomes a square; null: as in finetuning", None)
+
+
+@dataclass
+class Contrast:
+    """An effect: the mean over matched pairs of arms that differ in one axis only."""
+
+    name: str = option("name in tables", check=_name)
+    axis: str = option("the axis that differs")
+    from_: str = option("value(s) before, `a|b` for any of two")
+    to: str = option("value(s) after")
+    where: str = option("which arms: `axis=a|b;axis!=c;row!=2`", "")
+
+
+@dataclass
+class Controls:
+    """Arms asked once more with images permuted among questions: they must fall to chance."""
+
+    arms: list[str] = option("names of arms", [])
+    benchmarks: list[str] = option("names of benchmarks; empty: all", [])
+    seed: int = option("of the permutation", 0, low=0)
+
+
+@dataclass
+class Assumption:
+    """What the source leaves open, beside the value chosen."""
+
+    key: str = option("dotted key of this file")
+    value: Any = option("the value chosen; must be the file's")
+    text: str = option("why, and what else it could be")
+
+
+@dataclass
+class PaperCost:
+    """What the source says it spent."""
+
+    devices: int = option("accelerators of one run", unit="devices", low=1)
+    device: str = option("their name")
+    hours: float = option("of one run, at most", unit="hours", above=0.0)
+
+
+@dataclass
+class Study:
+    """One YAML file."""
+
+    study: str = option("name of the study", check=_name)
+    question: str = option("what it answers, in a sentence")
+    seed: int = option("of every arm that doesn't set its own", 0, low=0)
+    compatibility: str | None = option("a named set of defaults, such as llava-1.5", None)
+    published: str | None = option("CSV of published rows, relative to this file", None)
+    paper_cost: PaperCost | None = option("what the source says it spent", None)
+    recipe: Recipe = option("the base recipe")
+    templates: dict[str, str] = option("language model → conversation template", {})
+    axes: dict[str, list[str] | dict[str, dict[str, Node]]] = option(
+        "axis → value → the recipe keys that it sets; a list of values: each sets the recipe key of the axis' name"
+    )
+    base: dict[str, str] = option("the base arm: axis → value")
+    arms: list[ArmEntry] = option("points of the grid, as diffs from `base`")
+    references: list[Reference] = option("released models, evaluated but not trained", [])
+    mining: Mining | None = option("how labelled images become questions", None)
+    evaluation: Evaluation = option("how models are asked", Evaluation)
+    benchmarks: dict[str, Benchmark] = option("name → benchmark", {})
+    groups: dict[str, list[str]] = option("name → benchmarks whose mean is reported", {})
+    contrasts: list[Contrast] = option("the effects that answer the question", [])
+    controls: Controls = option("sanity checks", Controls)
+    assumptions: list[Assumption] = option("what the source leaves open", [])

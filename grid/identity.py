@@ -90,8 +90,8 @@ CLASSES: dict[str, str] = {
     **_table("Device", runtime="name tflops mfu memory_gib"),
     **_table(
         "Resources",
-        runtime="lanes workers_per_lane cpus_per_worker gpus_per_worker data_cpus object_store_gib micro_tokens checkpoint_steps eval_batch zero "
-        "activation_checkpointing",
+        runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb attempts trials collective_seconds grace_seconds "
+        "budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero activation_checkpointing",
     ),
     **_table("Tracking", runtime="uri"),
 }

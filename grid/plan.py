@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from grid import cost, options
@@ -15,6 +18,7 @@ from grid.expand import Arm
 from grid.graph import Graph, Stage
 from grid.load import Loaded, load
 from grid.models import Assets, Spec, stages_of
+from grid.profile import Profile
 from trainers.stages import KINDS
 
 EFFECT_AXES = ("encoder", "llm", "arch", "pretraining", "finetuning", "updating")
@@ -152,7 +156,7 @@ class Planner:
         """Knobs that can't change the result."""
         resources = self.profile.resources
         return {
-            "world": resources.workers_per_lane if KINDS[stage.kind].collective else 1,
+            "world": resources.workers if KINDS[stage.kind].collective else 1,
             "zero": resources.zero, "micro_tokens": resources.micro_tokens, "checkpoint_steps": resources.checkpoint_steps,
             "activation_checkpointing": resources.activation_checkpointing, "eval_batch": resources.eval_batch,
         }  # fmt: skip
@@ -177,12 +181,35 @@ def plan(loaded: Loaded) -> dict[str, Any]:
         },
         "groups": study.groups,
         "contrasts": contrasts,
+        "run": run_section(profile),
         "published": str(loaded.published) if loaded.published else None,
         "arms": [entry for entry in entries if entry["source"] == "trained"],
         "references": [entry for entry in entries if entry["source"] == "released"],
         "stages": [stage.plain() for stage in stages],
         "totals": cost.totals(stages, entries, profile, study.paper_cost),
     }  # fmt: skip
+
+
+def make_plan(study: str | Path, *, profile: str | None = None, arms: Sequence[str] = (), sets: Sequence[str] = ()) -> dict[str, Any]:
+    """The plan of a study file: what `grid.run` works off. Raises UserErrors with every mistake of study, profile and settings."""
+    return plan(load(study, profile, sets, arms))
+
+
+RUN_KEYS = (
+    "lanes", "workers", "gpus_per_worker", "cpus", "device", "threads", "object_store_mb", "cache_mb", "attempts", "trials",
+    "collective_seconds", "grace_seconds", "budget_seconds", "dashboard",
+)  # fmt: skip
+"""Resources that are the run's, not a stage's."""
+
+
+def run_section(profile: Profile) -> dict[str, Any]:
+    """How a run uses its machine (grid.settings.Settings)."""
+    places = {
+        "store": profile.store or os.environ.get("FINEGRID_STORE"),
+        "data_root": profile.data_root or os.environ.get("FINEGRID_DATA"),
+        "tracking_uri": profile.tracking.uri,
+    }
+    return {**{key: getattr(profile.resources, key) for key in RUN_KEYS}, **places}
 
 
 def steps(rows: int, batch: int, epochs: float | None, fixed: int | None) -> int:

@@ -161,7 +161,8 @@ def recipe_from_json(data: Mapping[str, Any]) -> ImageRecipe:
     if kind not in RECIPES:
         raise UserError(f"unknown image recipe {kind!r}", hint=nearest(str(kind), RECIPES))
     fields = RECIPES[kind].__dataclass_fields__
-    given: dict[str, Any] = {_RENAMED.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kind"}
+    given: dict[str, Any] = {_RENAMED.get(key, key): value for key, value in data.items() if key != "kind"}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     for key in given:
         if key not in fields:
             raise UserError(f"unknown key {key!r} in image recipe {kind!r}", hint=nearest(key, fields))
@@ -190,18 +191,15 @@ def layout(width: int, height: int, recipe: ImageRecipe) -> ImageLayout:
 def _open(image: Mapping[str, Any], root: Path | None) -> Image.Image:
     """The image with its header read and its limits checked; pixels are decoded on first use."""
     data = image.get("bytes")
-    if data is None:
-        path = resolve(image.get("path"), root)
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ImageError("image too large", f"{path.name} has more than {MAX_BYTES} bytes")
-            data = path.read_bytes()
-        except OSError as error:
-            raise ImageError("image missing", str(error)) from error
-    elif len(data) > MAX_BYTES:
-        raise ImageError("image too large", f"{len(data)} bytes")
+    path = None if data is not None else resolve(image.get("path"), root)
     try:
-        opened = Image.open(io.BytesIO(data))
+        size = path.stat().st_size if path is not None else len(data or b"")
+    except OSError as error:
+        raise ImageError("image missing", str(error)) from error
+    if size > MAX_BYTES:
+        raise ImageError("image too large", f"{size} bytes")
+    try:
+        opened = Image.open(path if path is not None else io.BytesIO(data or b""))
     except Image.DecompressionBombError as error:
         raise ImageError("image too large", str(error)) from error
     except (OSError, SyntaxError, ValueError) as error:
@@ -228,7 +226,8 @@ def resolve(path: str | None, root: Path | None) -> Path:
 
 def image_size(image: Mapping[str, Any], root: Path | None = None) -> tuple[int, int]:
     """(width, height) from the header alone. Raises ImageError."""
-    return _open(image, root).size
+    with _open(image, root) as opened:
+        return opened.size
 
 
 def decode(image: Mapping[str, Any], root: Path | None = None) -> Image.Image:

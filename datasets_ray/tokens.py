@@ -37,7 +37,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are many alr
 class Encoded:
     """ids int64[T]; labels int64[T], IGNORE where not learned, aligned with ids (the model shifts); image_slots int64[K].
 
-    image_slots are the positions with ids == IMAGE_ID, in image order. The first label is always IGNORE: nothing precedes it, so in a pack no token is predicted from another sample.
+    image_slots are the positions with ids == IMAGE_ID, in image order. The first label is always IGNORE: nothing precedes it, so in a
+    pack no token is predicted from another sample.
     """
 
     ids: np.ndarray

@@ -1,0 +1,195 @@
+"""Streaming: a task over a list of row numbers, run ahead of its consumer, in order.
+
+In: a picklable task `row numbers → (result, Stats)` and the row numbers of every step. Out: a `Stream` of the results. With Ray running,
+Ray Data runs the task in tasks of a quarter core, several steps a block, and hands the results on in order; without, a thread does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from datasets_ray.encoding import Stats
+
+T = TypeVar("T")
+Task = Callable[[np.ndarray], tuple[T, Stats]]
+
+CPUS = 0.25
+"""What a data task reserves: less than it may use, so that training isn't kept off a small machine."""
+WORKERS = 2
+"""Data tasks of one stream at a time."""
+BLOCKS = 256
+"""A stream is cut into about so many blocks at most; a block has at least STEPS steps."""
+STEPS = 4
+STORE_BYTES = 256 << 20
+"""Results of one stream that may wait in the object store."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """An exception on its way to the consumer."""
+
+    error: BaseException
+
+
+_END = object()
+
+
+class Stream(Iterator[T], Generic[T]):
+    """Results in order, made ahead from the moment the stream exists. Iterate once; close it (or use `with`) when you stop early.
+
+    stats: summed over what has been handed out. waited: seconds the consumer has waited for results.
+    """
+
+    def __init__(self, task: Task[T], steps: Sequence[np.ndarray], *, name: str, ahead: int = 2, workers: int = WORKERS) -> None:
+        self.stats = Stats()
+        self.waited = 0.0
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        source = _ray(task, steps, name, workers) if _ray_runs() else _plain(task, steps)
+        self._thread = threading.Thread(target=_pump, args=(source, self._queue, self._stop), name=f"data-{name}", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Stream[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._stop.is_set():
+            raise StopIteration
+        begin = time.perf_counter()
+        item = self._take()
+        self.waited += time.perf_counter() - begin
+        if item is _END or isinstance(item, _Failed):
+            self.close()
+            if isinstance(item, _Failed):
+                raise item.error
+            raise StopIteration
+        result, stats = item
+        self.stats.add(stats)
+        return result
+
+    def _take(self) -> Any:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=1.0)
+        return _END
+
+    def close(self) -> None:
+        """Stops the work; further results are thrown away."""
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)
+
+    def __enter__(self) -> Stream[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+def _ray_runs() -> bool:
+    """Ray was started by whoever runs us; we never start it."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _pump(source: Generator[tuple[Any, Stats]], target: queue.Queue[Any], stop: threading.Event) -> None:
+    """Moves results into the queue until the source ends or the consumer stops; the source is closed in this thread."""
+    last: Any = _END
+    try:
+        for item in source:
+            if not _put(target, item, stop):
+                break
+    except BaseException as error:  # handed to the consumer, who raises it
+        last = _Failed(error)
+    finally:
+        with contextlib.suppress(Exception):
+            source.close()
+    _put(target, last, stop)
+
+
+def _put(target: queue.Queue[Any], item: Any, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            target.put(item, timeout=0.2)
+            return True
+        except queue.Full:
+            continue
+    return False
+
+
+def _plain(task: Task[T], steps: Sequence[np.ndarray]) -> Generator[tuple[T, Stats]]:
+    for numbers in steps:
+        yield task(numbers)
+
+
+def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int) -> Generator[tuple[T, Stats]]:
+    """The same by Ray Data: blocks of steps → map_batches → one binary column, a row per step."""
+    if not len(steps):
+        return
+    import logging
+
+    import pyarrow as pa
+    import ray.data
+    from ray.data import ExecutionResources, TaskPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    size = max(STEPS, -(-len(steps) // BLOCKS))
+    blocks = [
+        pa.table({"rows": pa.array([np.asarray(n, dtype=np.int64) for n in steps[start : start + size]], type=pa.list_(pa.int64()))})
+        for start in range(0, len(steps), size)
+    ]
+
+    def encode(block: pa.Table) -> Iterator[pa.Table]:
+        for numbers in block.column("rows"):
+            yield pa.table({"result": pa.array([_dump(task, numbers.values.to_numpy())], type=pa.large_binary())})
+
+    encode.__name__ = name  # what the dashboard shows
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        encode, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=CPUS, compute=TaskPoolStrategy(workers)
+    )
+    context = dataset.context
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1  # hand on each step as soon as it is made
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(object_store_memory=STORE_BYTES)
+    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    try:
+        for table in batches:
+            for value in table.column("result"):  # type: ignore[union-attr]
+                item = pickle.loads(value.as_buffer())
+                if isinstance(item, _Failed):
+                    raise item.error
+                yield item
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
+
+
+def _dump(task: Task[T], numbers: np.ndarray) -> bytes:
+    """The task's result, or its exception as a value: Ray's wrapping would hide a UserError and try the task again."""
+    try:
+        return pickle.dumps(task(numbers), protocol=5)
+    except Exception as error:
+        error.add_note(traceback.format_exc())
+        with contextlib.suppress(Exception):
+            return pickle.dumps(_Failed(error), protocol=5)
+        return pickle.dumps(_Failed(RuntimeError(traceback.format_exc())), protocol=5)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets_ray.errors import UserError
-from trainers.models.encoders import CLIP_MEAN, CLIP_STD, normalise, open_clip_config
+from datasets_ray.images import CLIP_MEAN, CLIP_STD, recipe_from_json
+from trainers.models.encoders import normalise, open_clip_config
 from trainers.models.weights import Source, make_part
 
 
@@ -41,7 +42,10 @@ class Clip(nn.Module):
         self.config = config
         self.tokenizer: str | None = config.get("tokenizer")
         """The text tower's tokenizer: a name for datasets_ray.tokens; None for open_clip's own."""
-        self.mean, self.std = (tuple(image["mean"]), tuple(image["std"])) if image else (CLIP_MEAN, CLIP_STD)
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        if image is not None:
+            recipe = recipe_from_json(image)
+            self.mean, self.std = recipe.mean, recipe.std
 
     @classmethod
     def build(cls, spec: dict[str, Any], source: Source) -> Clip:
@@ -49,8 +53,9 @@ class Clip(nn.Module):
         if part["builder"] != "open_clip":
             raise UserError(f"clip family with builder {part['builder']!r}", hint="builder: open_clip")
         module = make_part("encoder", part, source, lambda: open_clip_model(part["config"]))
-        if source.image is not None and source.image["size"] != module.visual.image_size[0]:  # type: ignore[union-attr, index]
-            raise UserError(f"images of size {source.image['size']} for a CLIP of size {module.visual.image_size[0]}")  # type: ignore[union-attr, index]
+        size: int = module.visual.image_size[0]  # type: ignore[union-attr, index, assignment]
+        if source.image is not None and source.image.get("size") != size:
+            raise UserError(f"images of size {source.image.get('size')} for a CLIP of size {size}", hint=f"kind: square, size: {size}")
         return cls(module, part["config"], source.image)
 
     @property

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from datasets_ray.errors import UserError, nearest
+from datasets_ray.images import CLIP_MEAN, CLIP_STD, recipe_from_json
 from trainers.models.weights import Source, make_part
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN, SIGLIP_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -40,18 +40,18 @@ class Encoder(nn.Module):
 
     def tokens(self, recipe: dict[str, Any]) -> int:
         """K for images prepared by this recipe. Raises UserError if the tower was built for another size."""
-        if recipe["kind"] != "square" or recipe["size"] != self.image_size or recipe["patch"] != self.patch:
-            raise UserError(
-                f"image recipe {recipe['kind']} size {recipe.get('size')} patch {recipe['patch']} for an encoder of size "
-                f"{self.image_size} patch {self.patch}", hint=f"kind: square, size: {self.image_size}, patch: {self.patch}",
-            )  # fmt: skip
+        wanted = {"kind": "square", "size": self.image_size, "patch": self.patch}
+        given = {key: recipe.get(key) for key in wanted}
+        if given != wanted:
+            raise UserError(f"image recipe {given} for an encoder of size {self.image_size}, patch {self.patch}", hint=f"image: {wanted}")
         return (self.image_size // self.patch) ** 2
 
     def follow(self, recipe: dict[str, Any] | None) -> None:
         """Checks a recipe and takes its mean and std over."""
         if recipe is not None:
             self.tokens(recipe)
-            self.mean, self.std = tuple(recipe["mean"]), tuple(recipe["std"])
+            parsed = recipe_from_json(recipe)
+            self.mean, self.std = parsed.mean, parsed.std
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8[N, H, W, 3] → normalised float[N, 3, H, W] in the tower's precision."""

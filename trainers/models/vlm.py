@@ -26,6 +26,19 @@ from trainers.models.language import TextModel, llm_part
 from trainers.models.weights import Source, make_part
 
 
+def replace_placeholders(text: Tensor, images: Tensor, pack: Any) -> Tensor:
+    """text float[T, D] with rows pack.image_slots int64[M] replaced by images float[M, D]. A filler image (a rank without images that has
+    to run the encoder all the same) has no slots: it leaves no trace but its zero gradient."""
+    if getattr(pack, "filler_image", False):
+        images = images[:0]
+    if len(images) != len(pack.image_slots):
+        raise UserError(
+            f"{len(pack.image_slots)} image places in the text, {len(images)} image tokens from the encoder",
+            why="the data's image recipe and the encoder disagree", hint="one size and patch in both",
+        )  # fmt: skip
+    return text.index_copy(0, pack.image_slots, images.to(text.dtype))
+
+
 class Vlm(TextModel):
     """Parts: encoder, connector, llm."""
 
@@ -45,13 +58,8 @@ class Vlm(TextModel):
     def embed(self, pack: Any) -> Tensor:
         """Text embeddings with the placeholders' rows replaced by image tokens: float[T, D]."""
         text = self.llm.get_input_embeddings()(pack.ids.clamp(min=0))  # placeholders are negative ids; their rows are replaced
-        images = self.embed_images(pack.images).flatten(0, 1).to(text.dtype)
-        if len(images) != len(pack.image_slots):
-            raise UserError(
-                f"{len(pack.image_slots)} image places in the text, {len(images)} image tokens from the encoder",
-                why="the data's image recipe and the encoder disagree", hint="one size and patch in both",
-            )  # fmt: skip
-        return text.index_copy(0, pack.image_slots, images)
+        images = self.embed_images(pack.images).flatten(0, 1)
+        return replace_placeholders(text, images, pack)
 
     def embed_images(self, images: Tensor | None) -> Tensor:
         """uint8[N, H, W, 3] → float[N, K, D]. Without images the connector still runs, on no rows: its gradient is zero, not absent,

@@ -57,7 +57,7 @@ class Assets:
             model: Spec = {"family": "clip", "parts": {"encoder": self._part("open_clip", asset, asset.seed)}}
             for index, training in enumerate(asset.trained):
                 label = f"encoder {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
-                model = self.train(model, training, label, self.image(asset.image, training.fit), asset.seed, shape=asset.shape)
+                model = self.train(model, training, label, self.image(asset.image, training.fit), asset.seed)
             self._known["clip", name] = model
         return self._known["clip", name]
 
@@ -76,7 +76,7 @@ class Assets:
                 model["tokenizer"] = asset.tokenizer
             for index, training in enumerate(asset.trained):
                 label = f"llm {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
-                model = self.train(model, training, label, None, asset.seed, shape=asset.shape)
+                model = self.train(model, training, label, None, asset.seed)
             self._known["llm", name] = model
         return self._known["llm", name]
 
@@ -103,7 +103,7 @@ class Assets:
                 model = {"family": asset.family, "template": template, "tokenizer": asset.tokenizer or asset.checkpoint, "parts": parts}
             for index, training in enumerate(asset.trained):
                 label = f"model {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
-                model = self.train(model, training, label, self.image(image, training.fit), asset.seed, shape=asset.shape)
+                model = self.train(model, training, label, self.image(image, training.fit), asset.seed)
             self._known["whole", name] = model, image
         return self._known["whole", name]
 
@@ -120,7 +120,7 @@ class Assets:
 
     # training
 
-    def train(self, model: Spec, training: Training, name: str, image: Spec | None, seed: int, **facts: Any) -> Spec:
+    def train(self, model: Spec, training: Training, name: str, image: Spec | None, seed: int) -> Spec:
         """Adds the training stage and returns the model after it: trained parts point at the stage, others stay."""
         names = [training.data] if isinstance(training.data, str) else training.data
         rows = [self.data(n) for n in names]
@@ -142,7 +142,7 @@ class Assets:
         }  # fmt: skip
         total = sum(self.graph[i].rows for i in rows)
         means = {key: sum(self.graph[i].facts[key] * self.graph[i].rows for i in rows) / total for key in ("tokens", "images")}
-        id = self.graph.add("train", spec, name, needs, total, **means, **facts)
+        id = self.graph.add("train", spec, name, needs, total, **means)
         trained = {part for phase in training.phases for part in phase.learning_rates}
         parts = {key: {**part, "weights": {"stage": id}} if key in trained else part for key, part in model["parts"].items()}
         return {**model, "parts": parts}

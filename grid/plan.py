@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,18 +80,16 @@ class Planner:
         pretraining = None
         if recipe.model is not None:
             model, pixels = self.assets.whole(recipe.model, recipe.llm)
-            facts: dict[str, Any] = {"shape": self.profile.models[recipe.model].shape}
         else:
             pixels = self.profile.encoders[recipe.encoder].image
             connector = {"builder": recipe.connector.builder, "depth": recipe.connector.depth}
             model = self.assets.composed(recipe.encoder, recipe.llm, connector, self.connector(arm, seed))
-            facts = {"shape": {"encoder": self.profile.encoders[recipe.encoder].shape, "llm": self.profile.llms[recipe.llm].shape}}
             if recipe.init == "fresh" and "none" not in recipe.pretrain.data:
                 image = self.assets.image(pixels, recipe.pretrain.fit)
-                model = self.assets.train(model, recipe.pretrain, f"pretrain {arm.name}", image, seed, **facts)
+                model = self.assets.train(model, recipe.pretrain, f"pretrain {arm.name}", image, seed)
                 pretraining = stages_of({"parts": {"connector": model["parts"]["connector"]}})[0]
         if "none" not in recipe.finetune.data:
-            model = self.assets.train(model, recipe.finetune, f"finetune {arm.name}", self.assets.image(pixels, recipe.finetune.fit), seed, **facts)
+            model = self.assets.train(model, recipe.finetune, f"finetune {arm.name}", self.assets.image(pixels, recipe.finetune.fit), seed)
         return model, self.assets.image(pixels, asked), pretraining
 
     def connector(self, arm: Arm, seed: int) -> Spec:
@@ -125,9 +122,9 @@ class Planner:
         image, count = self.assets.image(asset.image, "crop"), self.graph[rows].rows
         spec: Spec = {"model": model, "rows": rows, "image": image, "precision": self.profile.precision}
         needs = [rows, *stages_of(model)]
-        embeddings = self.graph.add("embeddings", spec, f"embed {benchmark} {encoder}", needs, count, shape=asset.shape, images=1.0)
+        embeddings = self.graph.add("embeddings", spec, f"embed {benchmark} {encoder}", needs, count, images=1.0)
         spec = {"embeddings": embeddings, "model": model, "rows": rows, "template": template}
-        return self.graph.add("similarities", spec, f"similarities {benchmark} {encoder}", [embeddings, *needs], count, shape=asset.shape)
+        return self.graph.add("similarities", spec, f"similarities {benchmark} {encoder}", [embeddings, *needs], count)
 
     def zeroshot(self, encoder: str, benchmark: str) -> str:
         """The scores of an arm's encoder as a zero-shot classifier."""
@@ -205,8 +202,8 @@ RUN_KEYS = (
 def run_section(profile: Profile) -> dict[str, Any]:
     """How a run uses its machine (grid.settings.Settings)."""
     places = {
-        "store": profile.store or os.environ.get("FINEGRID_STORE"),
-        "data_root": profile.data_root or os.environ.get("FINEGRID_DATA"),
+        "store": profile.store,
+        "data_root": profile.data_root,
         "tracking_uri": profile.tracking.uri,
     }
     return {**{key: getattr(profile.resources, key) for key in RUN_KEYS}, **places}

@@ -30,7 +30,13 @@ class LedgerCore:
     """All decisions, no waiting: every method returns at once. Times come from `clock`."""
 
     def __init__(
-        self, plan: dict[str, Any], done: Iterable[str], folder: Path, epoch: int = 1, attempts: int = 5, clock: Callable[[], float] = time.time
+        self,
+        plan: dict[str, Any],
+        done: Iterable[str],
+        folder: Path,
+        epoch: int = 1,
+        attempts: int = 5,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder, self.epoch, self.limit, self.clock = Path(folder), epoch, attempts, clock
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +131,8 @@ class LedgerCore:
         self.lanes[lane].update(world=world, warm=set(), progress={})
         for stage in [i for i, holder in self.lane_of.items() if holder == lane]:
             self.fail(lane, stage, {"kind": "infrastructure", "message": f"a worker of {lane} died", "marks": {"begin": self.since[stage]}})
-        self._write("timeline.jsonl", {"event": "lane_restarted" if restarted else "lane_up", "lane": lane, "world": world, "time": self.clock()})
+        event = "lane_restarted" if restarted else "lane_up"
+        self._write("timeline.jsonl", {"event": event, "lane": lane, "world": world, "time": self.clock(), "epoch": self.epoch})
 
     def lane_failed(self, lane: str, failure: dict[str, Any]) -> bool:
         """A worker group could not start. True: give this lane up."""
@@ -179,10 +186,10 @@ class LedgerCore:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything a display or `grid.status` shows."""
-        running = [
-            {"stage": i, "name": self.stages[i]["name"], "lane": lane, "since": self.since[i], "attempt": self.tried[i], **self.lanes[lane]["progress"]}
-            for i, lane in self.lane_of.items()
-        ]
+        running = []
+        for i, lane in self.lane_of.items():
+            entry = {"stage": i, "name": self.stages[i]["name"], "lane": lane, "since": self.since[i], "attempt": self.tried[i]}
+            running.append({**entry, **self.lanes[lane]["progress"]})
         counts = {state: list(self.state.values()).count(state) for state in (WAITING, RUNNING, DONE, FAILED, BLOCKED)}
         failed = {i: {"name": self.stages[i]["name"], "reason": self.reason.get(i, "")} for i, s in self.state.items() if s == FAILED}
         lanes = {name: {"world": entry["world"], "dead": entry["dead"]} for name, entry in self.lanes.items()}

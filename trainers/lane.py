@@ -68,13 +68,14 @@ class Lane:
         for kind in config.get("preload", []):
             with contextlib.suppress(Exception):  # a broken module is reported by the stage that needs it
                 stages.load(kind)
+        gc.freeze()  # a million objects of torch and transformers need no looking at after every stage
         self.channel = Channel(rank, world, config.get("backend", "gloo"), config.get("collective_seconds", 1800.0))
         self.store = Store(config["store"])
         self.cache = Cache(int(config.get("cache_mb", 1024)) << 20)
         self.metrics = Path(config["metrics"])
         self.grace = float(config.get("grace_seconds", 30.0))
         self.stop, self.lease, self.progress = threading.Event(), None, {}  # type: ignore[var-annotated]
-        self.count = 0
+        self.count, self.asked = 0, None
 
     def loop(self) -> None:
         import ray
@@ -90,7 +91,7 @@ class Lane:
             if grant is None:
                 break
             self._attempt(grant)
-            self._clean()
+            self._clean(grant)
         self._leave()
 
     def _claim(self) -> dict[str, Any] | None:
@@ -98,7 +99,8 @@ class Lane:
         import ray
 
         while True:
-            grant = ray.get(self.ledger.claim.remote(self.name))
+            grant = ray.get(self.asked if self.asked is not None else self.ledger.claim.remote(self.name))
+            self.asked = None
             if grant is None:
                 return None
             stage = grant["stage"]["id"]
@@ -157,6 +159,7 @@ class Lane:
                 self.store.discard(failure.damaged)
             ray.get(self.ledger.fail.remote(self.name, stage["id"], {**failure.to_json(), "marks": marks}))
         del hold
+        self.asked = self.ledger.claim.remote(self.name)  # decided while this process cleans up
 
     def _agree(self, number: int, failure: failures.Failure | None, grant: dict[str, Any]) -> failures.Failure | None:
         """All ranks learn whether all succeeded. Raises GroupBroken when one of them can't be reached or collectives don't match."""
@@ -245,10 +248,13 @@ class Lane:
             except OSError as error:
                 log.warning("%s: renewing the lease: %s", self.name, error)
 
-    def _clean(self) -> None:
+    def _clean(self, grant: dict[str, Any]) -> None:
         """Nothing of a stage outlives it but what it put into the cache."""
         if self.rank == 0 and self.count > 2:
             self.channel.forget(f"{self.count - 2}/grant")
+        kind = stages.KINDS.get(grant["stage"]["kind"])
+        if kind is None or not kind.collective:
+            return
         gc.collect()
         if self.device != "cpu":
             import torch

@@ -1,0 +1,112 @@
+"""What a run took: wall time, its budget, overhead per arm, memory. Written to summary.json and printed at the end.
+
+In: timeline.jsonl, the ledger's last snapshot, the plan. Out: a JSON-able dict, and `render` for people.
+Overhead (the issue's definition): lane time from the moment a lane is up until the last stage ends, less the stages' own work
+(first batch asked for → last step or last prediction written). A stage that marks no work counts from call to return.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grid.display import duration
+
+# the design's budget of the tiny profile, core-seconds for each (section 5)
+BUDGET = {"base": 35.0, "pretrain": 12.0, "finetune": 20.0, "predict": 1.0}
+MEMORY_LIMIT_GIB = 10.0
+OVERHEAD_LIMIT = 2.0
+
+
+def group_of(stage: dict[str, Any]) -> str:
+    """Budget line of a stage: training by what it trains (base, pretrain, finetune), the rest by kind."""
+    if stage["kind"] != "train":
+        return stage["kind"]
+    word = stage["name"].split()[0]
+    return word if word in BUDGET else "base"
+
+
+def lane_times(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of lane time and where they went: work, loading (claim → work), closing (work → committed), idle."""
+    ups: dict[str, float] = {}
+    for event in timeline:
+        if event["event"] == "lane_up":
+            ups[event["lane"]] = event["time"]
+    end = max([event["end"] for event in epoch_events], default=0.0)
+    lane_seconds = sum(max(0.0, end - up) for up in ups.values())
+    work = loading = closing = 0.0
+    for event in epoch_events:
+        begin = event.get("begin") or event.get("claimed") or event["end"]
+        work_begin, work_end = event.get("work_begin", begin), event.get("work_end", event["end"])
+        work += event.get("work_seconds", work_end - work_begin)
+        loading += work_begin - begin
+        closing += event["end"] - work_end
+    idle = max(0.0, lane_seconds - work - loading - closing)
+    return {"lane_seconds": lane_seconds, "work_seconds": work, "loading_seconds": loading, "closing_seconds": closing, "idle_seconds": idle}
+
+
+def summarise(
+    plan: dict[str, Any], timeline: list[dict[str, Any]], snapshot: dict[str, Any], *, epoch: int, began: float, ended: float,
+    workers: int, skipped: int, memory: dict[str, Any], budget_seconds: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The summary of one driver's epoch. `workers`: processes per lane, for core-seconds of collective stages."""
+    stages = {stage["id"]: stage for stage in plan["stages"]}
+    lanes = [event for event in timeline if event.get("epoch", epoch) == epoch and event["event"] != "stage" and event["time"] >= began]
+    events = [event for event in timeline if event["event"] == "stage" and event["epoch"] == epoch and event["stage"] in stages]
+    groups: dict[str, dict[str, float]] = {}
+    for event in events:
+        empty = {"attempts": 0, "done": 0, "work_seconds": 0.0, "other_seconds": 0.0}
+        entry = groups.setdefault(group_of(stages[event["stage"]]), empty)
+        begin = event.get("begin") or event.get("claimed") or event["end"]
+        work = event.get("work_seconds", event.get("work_end", event["end"]) - event.get("work_begin", begin))
+        entry["attempts"] += 1
+        entry["done"] += event["status"] in {"done", "found"}
+        entry["work_seconds"] += work
+        entry["other_seconds"] += event["end"] - begin - work
+    times = lane_times(lanes, events)
+    arms = snapshot["arms"]
+    done = [name for name, arm in arms.items() if arm["state"] == "done"]
+    ups = [event["time"] for event in lanes if event["event"] == "lane_up"]
+    overhead = times["lane_seconds"] - times["work_seconds"]
+    budget = []
+    if plan["study"].get("miniature"):
+        for name, seconds in BUDGET.items():
+            if name in groups:
+                cores = groups[name]["work_seconds"] * (workers if name != "predict" else 1)
+                budget.append({"what": name, "stages": groups[name]["done"], "budget": seconds * groups[name]["done"], "took": cores})
+    return {
+        "study": plan["study"]["name"], "profile": plan["study"].get("profile"), "miniature": bool(plan["study"].get("miniature")),
+        "epoch": epoch, "wall_seconds": ended - began, "budget_seconds": budget_seconds,
+        "startup_seconds": max(ups) - began if ups else None,
+        "arms": {"done": done, "failed": {n: a["reason"] for n, a in arms.items() if a["state"] == "failed"},
+                 "open": [n for n, a in arms.items() if a["state"] not in {"done", "failed"}]},
+        "stages": {**snapshot["counts"], "skipped": skipped, "attempts": len(events)},
+        "failed_stages": snapshot["failed"],
+        "groups": groups, "budget": budget, "lanes": times,
+        "overhead_seconds_per_arm": overhead / len(arms) if events and arms else None,
+        "memory": memory, "notices": snapshot["notices"],
+    }  # fmt: skip
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The end of a run, for people."""
+    arms, lines = summary["arms"], []
+    total = len(arms["done"]) + len(arms["failed"]) + len(arms["open"])
+    head = f"{len(arms['done'])} of {total} arms done in {duration(summary['wall_seconds'])}"
+    if summary["budget_seconds"]:
+        head += f" (budget {duration(summary['budget_seconds'])})"
+    lines.append(head + (f", {len(arms['failed'])} failed" if arms["failed"] else ""))
+    for name, reason in arms["failed"].items():
+        lines.append(f"  failed  {name}: {reason.splitlines()[0] if reason else ''}")
+    for entry in summary["budget"]:
+        took = f"{entry['took']:>7.0f} core-seconds of {entry['budget']:.0f} in the budget"
+        lines.append(f"  {entry['what']:<9} {entry['stages']:>4} stages  {took}")
+    times = summary["lanes"]
+    if summary["overhead_seconds_per_arm"] is not None:
+        parts = ", ".join(f"{part} {times[part + '_seconds']:.1f} s" for part in ("loading", "closing", "idle"))
+        each = f"{summary['overhead_seconds_per_arm']:.2f} s an arm (limit {OVERHEAD_LIMIT:g})"
+        lines.append(f"  overhead  {each}: {parts} of {times['lane_seconds']:.0f} s lane time")
+    if summary["startup_seconds"] is not None:
+        lines.append(f"  start-up  {summary['startup_seconds']:.0f} s until all lanes were up")
+    if summary["memory"].get("samples"):
+        lines.append(f"  memory    {summary['memory']['peak_gib']:.2f} GiB at the peak, all processes (limit {MEMORY_LIMIT_GIB:g})")
+    return "\n".join(lines)

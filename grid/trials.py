@@ -1,0 +1,65 @@
+"""The arms as Ray Tune trials: one per arm, named like it, waiting on the ledger without holding resources.
+
+In: arm names in the plan's order. Out: nothing but the trials' states in Tune and the dashboard; results are files.
+A trial of a failed arm fails with the arm's reason; the others don't notice.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+
+class ArmFailed(Exception):
+    """This arm can't be finished; the message says which stage failed and why."""
+
+
+def arm(config: dict[str, Any]) -> None:
+    """A trial: waits until its arm is settled."""
+    import ray
+    from ray import tune
+
+    from grid.ledger_actor import NAME, NAMESPACE
+
+    state = ray.get(ray.get_actor(NAME, namespace=NAMESPACE).arm.remote(config["arm"]))
+    if state["state"] == "failed":
+        raise ArmFailed(state["reason"])
+    tune.report({"finished": int(state["state"] == "done"), "stages": state["stages"]})
+
+
+class Trials:
+    """`Tuner.fit` in a thread of its own, so that the main thread keeps signals and the display."""
+
+    def __init__(self, names: list[str], folder: Path, at_once: int) -> None:
+        self.names, self.folder, self.at_once = names, folder, at_once
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._run, name="tune", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def join(self, seconds: float) -> bool:
+        self.thread.join(seconds)
+        return not self.thread.is_alive()
+
+    def _run(self) -> None:
+        from ray import tune
+
+        try:
+            tune.Tuner(
+                tune.with_resources(arm, {"CPU": 0.001}),
+                param_space={"arm": tune.grid_search(self.names)},  # grid_search keeps the order given
+                tune_config=tune.TuneConfig(
+                    max_concurrent_trials=self.at_once, reuse_actors=True, trial_name_creator=name_of, trial_dirname_creator=name_of
+                ),
+                run_config=tune.RunConfig(
+                    name="arms", storage_path=str(self.folder), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+                ),
+            ).fit()
+        except BaseException as error:  # the run goes on without Tune's view of it; the caller reports it
+            self.error = error
+
+
+def name_of(trial: Any) -> str:
+    return str(trial.config["arm"])

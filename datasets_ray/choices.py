@@ -17,6 +17,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +91,27 @@ def read_similarities(directory: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return np.load(folder / "similarities.npy", mmap_mode="r"), json.loads((folder / "manifest.json").read_text())
 
 
+def rows_of(ids: Sequence[str], rows: RowTable, name: Path | str) -> list[int]:
+    """Where the images behind similarities are among the rows. Images that couldn't be read have none; a stranger is a UserError."""
+    place = {id: index for index, id in enumerate(rows.column("id"))}
+    strangers = [id for id in ids if id not in place]
+    if strangers:
+        raise UserError(f"{name} was not made of {rows.directory}", why=f"it has no row {strangers[0]!r}", hint="mine these rows first")
+    return [place[id] for id in ids]
+
+
 def build_from_similarities(similarities: Path, rows: Path, out: Path, *, k: int, seed: int, question: str = QUESTION) -> dict[str, Any]:
     """The k-way set of a similarities artefact and the rows that it was made of."""
     matrix, made = read_similarities(similarities)
     table = RowTable(rows)
-    if table.column("id") != made["ids"]:
-        raise UserError(f"{similarities} was not made of {rows}", why="their row ids differ", hint="mine these rows first")
-    negatives = from_similarities(matrix, made["classes"], table.column("label"), k)
+    known = rows_of(made["ids"], table, similarities)
+    labelled = table.table.take(pa.array(known))
+    negatives = from_similarities(matrix, made["classes"], labelled.column("label").to_pylist(), k)
+    unmined = len(table) - len(known)
+    if unmined:
+        negatives = replace(negatives, dropped={**negatives.dropped, "no similarities": unmined})
     return write_questions(
-        table.table, negatives, out, seed=seed, question=question, root=table.manifest.get("root"), k=k, source="similarities",
+        labelled, negatives, out, seed=seed, question=question, root=table.manifest.get("root"), k=k, source="similarities",
         model=made.get("model"), template=made.get("template"), classes=made["classes"],
     )
 

@@ -41,8 +41,9 @@ class Cache:
             self._items.popitem(last=False)
         return value
 
-    def drop(self, prefix: str = "") -> None:
-        for key in [k for k in self._items if k.startswith(prefix)]:
+    def drop(self, prefix: str = "", keep: str | None = None) -> None:
+        """Forgets what is under this prefix, but for the key `keep`."""
+        for key in [k for k in self._items if k.startswith(prefix) and k != keep]:
             del self._items[key]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from datasets_ray import metrics
-from datasets_ray.choices import read_similarities
+from datasets_ray.choices import read_similarities, rows_of
 from datasets_ray.errors import UserError
 from datasets_ray.negatives import merge_duplicates, truth_of
 from datasets_ray.rows import open_rows
@@ -25,9 +25,8 @@ from trainers.context import Context
 def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     matrix, made = read_similarities(ctx.inputs(spec["similarities"]))
     rows = open_rows(str(ctx.inputs(spec["rows"])))
-    if rows.column("id") != made["ids"]:
-        raise UserError(f"similarities {spec['similarities']} were not made of rows {spec['rows']}", why="their row ids differ")
-    labels = rows.column("label")
+    every = rows.column("label")
+    labels = [every[index] for index in rows_of(made["ids"], rows, spec["similarities"])]
     with ctx.working():
         scores = over_all_classes(np.asarray(matrix), made["classes"], labels)
         if spec.get("choices"):

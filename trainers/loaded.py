@@ -1,0 +1,22 @@
+"""The model that a worker holds between stages: seven benchmarks of an arm load its weights once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from trainers.context import Context
+from trainers.models import build
+
+
+def identity(value: Any) -> str:
+    """Hash of a JSON value's content."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:24]
+
+
+def load_model(model: dict[str, Any], image: dict[str, Any] | None, precision: str, ctx: Context) -> Any:
+    """A ModelSpec's model on the stage's device, in eval mode. Only the last one asked for is kept, so that two never share the memory."""
+    key = "model:" + identity([model, image, precision, ctx.device])
+    ctx.cache.drop("model:", keep=key)
+    return ctx.cache.get(key, lambda: build(model, ctx, image=image, precision=precision).to(ctx.device).eval())

@@ -14,11 +14,13 @@ SETS: dict[str, dict[str, Any]] = {
         "recipe": {
             "connector": {"builder": "mlp", "depth": 2},
             "pretrain": {
-                "template": "plain", "fit": "crop", "order": "shuffle", "clip": None, "schedule": "cosine", "warmup": 0.03, "max_tokens": 2048,
+                "template": "plain", "fit": "crop", "order": "shuffle", "clip": None,
+                "schedule": "cosine", "warmup": 0.03, "max_tokens": 2048,
                 "optimizer": {"name": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
             },
             "finetune": {
-                "fit": "pad", "order": "modality_grouped", "clip": None, "schedule": "cosine", "warmup": 0.03, "max_tokens": 2048,
+                "fit": "pad", "order": "modality_grouped", "clip": None,
+                "schedule": "cosine", "warmup": 0.03, "max_tokens": 2048,
                 "optimizer": {"name": "adamw", "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
             },
         },

@@ -1,7 +1,7 @@
 """Estimates: a planned stage in; steps, FLOPs by part, GPU-hours, memory and disk out. From shapes alone, assumptions said.
 
-FLOPs (Kaplan et al. 2020, section 2.1; frozen parts after DESIGN section 6): a frozen part costs its forward pass, 2N a token, and 2N more where
-a gradient passes through it; a trained part costs 6N. Attention terms are counted beside. Activation recomputation is no model FLOP.
+FLOPs (Kaplan et al. 2020, section 2.1): a frozen part costs its forward pass, 2N a token, and 2N more where a gradient passes through
+it; a trained part costs 6N. Attention terms are counted beside. Activation recomputation is no model FLOP.
 Memory: weights, gradients (accumulated in fp32) and Adam's state by ZeRO stage (Rajbhandari et al. 2020, figure 1), activations
 34 * tokens * width bytes a layer at 16 bits with fused attention (Korthikanti et al. 2022, equation 2 without its softmax term).
 """
@@ -230,7 +230,9 @@ class Estimator:
         decode = 2 * 2 * (shape.matmul + shape.head) if shape else 0.0  # the letter and the end token
         sizes = {part: self.params(model, part) for part in model["parts"]}
         weights = sum(sizes.values()) * self.bytes
-        cache = 0.0 if shape is None else 2 * shape.layers * shape.attention_width * length * stage.runtime.get("eval_batch", 1) * self.bytes
+        cache = (
+            0.0 if shape is None else 2 * shape.layers * shape.attention_width * length * stage.runtime.get("eval_batch", 1) * self.bytes
+        )
         return {
             "flops": stage.rows * (sum(one.values()) + decode), "tokens": stage.rows * length, "memory_gib": (weights + cache) / GIB,
             "disk_gib": stage.rows * 1000 / GIB,
@@ -255,15 +257,22 @@ def totals(stages: Sequence[Stage], entries: Sequence[dict[str, Any]], profile: 
         kinds[stage.kind] = kinds.get(stage.kind, 0) + 1
     hours = {stage.id: stage.cost["gpu_hours"] for stage in stages}
     largest = max((stage.cost["memory_gib"] for stage in stages), default=0.0)
-    made = {
-        "arms": sum(entry["source"] == "trained" for entry in entries), "references": sum(entry["source"] == "released" for entry in entries),
-        "stages": len(stages), "by_kind": kinds, "flops": sum(stage.cost["flops"] for stage in stages), "gpu_hours": sum(hours.values()),
+    device = profile.device
+    made: dict[str, Any] = {
+        "arms": sum(entry["source"] == "trained" for entry in entries),
+        "references": sum(entry["source"] == "released" for entry in entries),
+        "stages": len(stages),
+        "by_kind": kinds,
+        "flops": sum(stage.cost["flops"] for stage in stages),
+        "gpu_hours": sum(hours.values()),
         "gpu_hours_without_sharing": sum(hours[id] for entry in entries for id in entry["stages"]),
-        "disk_gib": sum(stage.cost["disk_gib"] for stage in stages), "work_gib": max((s.cost.get("work_gib", 0.0) for s in stages), default=0.0),
-        "memory_gib": largest, "fits": largest <= profile.device.memory_gib * HEADROOM,
-        "device": {"name": profile.device.name, "tflops": profile.device.tflops, "mfu": profile.device.mfu, "memory_gib": profile.device.memory_gib},
         "tokens": sum(stage.cost["tokens"] for stage in stages if stage.kind == "train"),
-    }  # fmt: skip
+        "disk_gib": sum(stage.cost["disk_gib"] for stage in stages),
+        "work_gib": max((stage.cost.get("work_gib", 0.0) for stage in stages), default=0.0),
+        "memory_gib": largest,
+        "fits": largest <= device.memory_gib * HEADROOM,
+        "device": {"name": device.name, "tflops": device.tflops, "mfu": device.mfu, "memory_gib": device.memory_gib},
+    }
     if paper is not None:
         made["paper"] = {
             "devices": paper.devices, "device": paper.device, "hours": paper.hours,

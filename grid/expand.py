@@ -82,7 +82,12 @@ def _named(entry: ArmEntry, axes: dict[str, str], point: dict[str, str], seed: i
         try:
             name = entry.name.format_map({**axes, "seed": seed, "row": entry.row})
         except (KeyError, ValueError, IndexError, AttributeError) as error:
-            reader.error(f"name {entry.name!r} can't be filled: {error}", why="{...} stands for an axis or seed", hint=nearest(str(error).strip("'"), [*axes, "seed"]), where=where)
+            reader.error(
+                f"name {entry.name!r} can't be filled: {error}",
+                why="{...} stands for an axis or seed",
+                hint=nearest(str(error).strip("'"), [*axes, "seed"]),
+                where=where,
+            )
             return None
     if seed is not None and "{seed" not in (entry.name or ""):
         name = f"{name}-s{seed}"
@@ -103,7 +108,12 @@ def _no_twins(arms: list[Arm], reader: Reader) -> None:
             reader.error(f"arm {arm.name!r} defined twice", why=f"also at {twin.where}", hint="names are unique", where=arm.where)
         elif (twin := contents.setdefault(content, arm)) is not arm:
             hint = "let them differ in an axis, `set` or `seeds`"
-            reader.error(f"arms {twin.name!r} and {arm.name!r} are the same", why=f"same axes and settings as at {twin.where}", hint=hint, where=arm.where)
+            reader.error(
+                f"arms {twin.name!r} and {arm.name!r} are the same",
+                why=f"same axes and settings as at {twin.where}",
+                hint=hint,
+                where=arm.where,
+            )
         if arm.row is not None and (twin := rows.setdefault(arm.row, arm)) is not arm:
             reader.error(f"row {arm.row} is claimed by {twin.name!r} and {arm.name!r}", why=f"first at {twin.where}", where=arm.where)
 
@@ -137,7 +147,11 @@ class Maker:
             for path, node in self.effects[axis, value].items():
                 if path in owner and owner[path][1].plain() != node.plain():
                     other, first = owner[path]
-                    self._tell(f"{path} is set by axis {other!r} and by axis {axis!r}", why=f"to different values, the other at {first.where}", where=node.where)
+                    self._tell(
+                        f"{path} is set by axis {other!r} and by axis {axis!r}",
+                        why=f"to different values, the other at {first.where}",
+                        where=node.where,
+                    )
                 owner[path] = axis, node
                 touched.setdefault(path.split(".")[0], []).append((path, node))
         for path, node in changes.items():

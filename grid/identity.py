@@ -83,15 +83,18 @@ CLASSES: dict[str, str] = {
     **_table("Encoder", identity="config checkpoint revision seed", structure="trained image", runtime="shape"),
     **_table("Llm", identity="config checkpoint revision seed tokenizer", structure="trained initial", runtime="shape"),
     **_table(
-        "Model", identity="config checkpoint revision seed tokenizer template family stand_in", structure="trained initial image", runtime="shape"
+        "Model",
+        identity="config checkpoint revision seed tokenizer template family stand_in",
+        structure="trained initial image",
+        runtime="shape",
     ),
     **_table("Bridge", identity="checkpoint revision", structure="of"),
     **_table("Data", identity="source keys revision", structure="concat", runtime="rows tokens images megabytes"),
     **_table("Device", runtime="name tflops mfu memory_gib"),
     **_table(
         "Resources",
-        runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb attempts trials collective_seconds grace_seconds "
-        "budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero activation_checkpointing",
+        runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb attempts trials collective_seconds "
+        "grace_seconds budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero activation_checkpointing",
     ),
     **_table("Tracking", runtime="uri"),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError, UserErrors, nearest
-from grid import compatibility, validate, yamlfile
+from grid import compatibility, validate, validate_profile, yamlfile
 from grid.expand import Arm, expand, with_changes
 from grid.profile import Profile, choose
 from grid.schema import Reader, _fields
@@ -67,16 +67,28 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
         raise UserErrors(_unique(errors))
     published = study_path.parent / typed_study.published if typed_study.published else None
     reader.errors = []
-    validate.check_profile(typed_profile, reader)
+    validate_profile.check_profile(typed_profile, reader)
     expanded = expand(typed_study, tree.value["recipe"], reader) if validate.check_axes(typed_study, reader) else []
     validate.check_study(typed_study, typed_profile, expanded, own, reader)
     expanded = _stand_ins(expanded, typed_study, typed_profile, tree, reader)
     if published and not published.is_file():
-        reader.error(f"published: no file {typed_study.published!r}", why="it is looked for beside the study", where=reader.marks["published"])
+        reader.error(
+            f"published: no file {typed_study.published!r}", why="it is looked for beside the study", where=reader.marks["published"]
+        )
     if errors or reader.errors:
         raise UserErrors(_unique(errors + reader.errors))
     notices = list(compatibility.DIFFERS.get(typed_study.compatibility or "", []))
-    return Loaded(typed_study, typed_profile, yamlfile.shown(study_path), study_path.parent, reason, _select(expanded, arms, typed_study), expanded, published, notices)
+    return Loaded(
+        typed_study,
+        typed_profile,
+        yamlfile.shown(study_path),
+        study_path.parent,
+        reason,
+        _select(expanded, arms, typed_study),
+        expanded,
+        published,
+        notices,
+    )
 
 
 def _stand_ins(arms: list[Arm], study: Study, profile: Profile, tree: Node, reader: Reader) -> list[Arm]:
@@ -107,7 +119,9 @@ def _lay(study: Node, profile: Profile | None, sets: list[tuple[list[str], Node]
             own = yamlfile.merged(compatibility.tree(named.value), study)
             own.file, own.line = study.file, study.line
         else:
-            reader.error(f"compatibility: unknown set {named.value!r}", hint=nearest(str(named.value), compatibility.SETS), where=named.where)
+            reader.error(
+                f"compatibility: unknown set {named.value!r}", hint=nearest(str(named.value), compatibility.SETS), where=named.where
+            )
     tree = own
     if profile and profile.overrides:
         for name, node in profile.overrides.items():

@@ -33,12 +33,17 @@ class Assets:
                 inputs = [self.data(other) for other in asset.concat]
                 rows = sum(self.graph[i].rows for i in inputs)
                 spec: Spec = {"source": "concat", "inputs": inputs}
-                facts = {key: sum(self.graph[i].facts[key] * self.graph[i].rows for i in inputs) / rows for key in ("tokens", "images", "megabytes")}
+                facts = {
+                    key: sum(self.graph[i].facts[key] * self.graph[i].rows for i in inputs) / rows
+                    for key in ("tokens", "images", "megabytes")
+                }
                 id = self.graph.add("dataset", spec, f"data {name}", inputs, rows, **facts)
             else:
                 spec = {"source": asset.source, **asset.keys, **({"revision": asset.revision} if asset.revision else {})}
                 rows = asset.keys["rows"] if isinstance(asset.keys.get("rows"), int) else asset.rows
-                id = self.graph.add("dataset", spec, f"data {name}", [], rows, tokens=asset.tokens, images=asset.images, megabytes=asset.megabytes)
+                id = self.graph.add(
+                    "dataset", spec, f"data {name}", [], rows, tokens=asset.tokens, images=asset.images, megabytes=asset.megabytes
+                )
             self._known["data", name] = id
         return self._known["data", name]
 
@@ -110,7 +115,11 @@ class Assets:
     def composed(self, encoder: str, llm: str, connector: Spec, weights: Spec) -> Spec:
         """encoder → connector → language model. weights: where the connector's come from."""
         clip, language = self.clip(encoder), self.llm(llm)
-        bridge = {"builder": connector["builder"], "config": {"depth": connector["depth"]} if connector["builder"] == "mlp" else {}, "weights": weights}
+        bridge = {
+            "builder": connector["builder"],
+            "config": {"depth": connector["depth"]} if connector["builder"] == "mlp" else {},
+            "weights": weights,
+        }
         parts = {"encoder": clip["parts"]["encoder"], "connector": bridge, "llm": language["parts"]["llm"]}
         return {"family": "vlm", "template": language["template"], "tokenizer": language["tokenizer"], "parts": parts}
 

@@ -1,6 +1,6 @@
 """The plan: a loaded study in; arms, stage graph, batch arithmetic and estimates out. Writes nothing, loads neither torch nor ray.
 
-    python -m grid.plan STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KEY=VALUE ...] [--json]
+python -m grid.plan STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KEY=VALUE ...] [--json]
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ class Planner:
         assert mining is not None
         similarities = self.similarities(mining.miner, rows, benchmark)
         spec = {"similarities": similarities, "rows": rows, "k": mining.k, "seed": mining.seed, "question": mining.question}
-        return self.graph.add("choices", spec, f"choices {benchmark}", [similarities, rows], self.graph[rows].rows, tokens=60.0, images=1.0, megabytes=5.0)
+        return self.graph.add(
+            "choices", spec, f"choices {benchmark}", [similarities, rows], self.graph[rows].rows, tokens=60.0, images=1.0, megabytes=5.0
+        )
 
     def similarities(self, encoder: str, rows: str, benchmark: str) -> str:
         """Image-label similarities of a CLIP over labelled rows; embeddings are shared by whoever asks."""
@@ -133,7 +135,9 @@ class Planner:
             rows, questions = self.assets.data(chosen.data), self.questions(benchmark)
             similarities = self.similarities(encoder, rows, benchmark)
             spec = {"similarities": similarities, "rows": rows, "choices": questions, "metric": chosen.metric}
-            id = self.graph.add("zeroshot", spec, f"zero-shot {benchmark} {encoder}", [similarities, rows, questions], self.graph[rows].rows)
+            id = self.graph.add(
+                "zeroshot", spec, f"zero-shot {benchmark} {encoder}", [similarities, rows, questions], self.graph[rows].rows
+            )
             self._zeroshot[encoder, benchmark] = id
         return self._zeroshot[encoder, benchmark]
 
@@ -172,7 +176,8 @@ def plan(loaded: Loaded) -> dict[str, Any]:
     contrasts = [{"name": c.name, "axis": c.axis, "from": c.from_, "to": c.to, "where": c.where} for c in study.contrasts]
     return {
         "study": {
-            "name": study.study, "question": study.question, "file": loaded.file, "profile": profile.profile, "profile_reason": loaded.reason,
+            "name": study.study, "question": study.question, "file": loaded.file,
+            "profile": profile.profile, "profile_reason": loaded.reason,
             "about": profile.about, "miniature": profile.miniature, "seed": study.seed, "compatibility": study.compatibility,
             "assumptions": [{"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions], "notices": loaded.notices,
         },

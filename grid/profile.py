@@ -74,7 +74,9 @@ class Model(Asset):
     tokenizer: str | None = option("committed tokenizer, directory or hub id", None)
     template: str | None = option("conversation template; null: the language model's", None)
     initial: str | None = option("model of this profile whose weights `trained` starts from", None)
-    stand_in: dict[str, Node] | None = option("recipe keys of a model trained here in a released one's place, beside its reference's axes", None)
+    stand_in: dict[str, Node] | None = option(
+        "recipe keys of a model trained here in a released one's place, beside its reference's axes", None
+    )
 
 
 @dataclass
@@ -132,7 +134,9 @@ class Resources:
     checkpoint_steps: int = option("steps between two checkpoints", 50, unit="steps", low=1)
     eval_batch: int = option("questions of one batch", 64, unit="questions", low=1)
     zero: Literal["auto", 0, 1, 2, 3] = option("DeepSpeed ZeRO stage; auto: the least that fits", "auto")
-    activation_checkpointing: Literal["auto", True, False] = option("recompute activations in the backward pass; auto: where memory asks for it", "auto")
+    activation_checkpointing: Literal["auto", True, False] = option(
+        "recompute activations in the backward pass; auto: where memory asks for it", "auto"
+    )
 
 
 @dataclass
@@ -173,5 +177,5 @@ def choose(name: str | None) -> tuple[Path, str]:
         return path, why
     path = HERE / f"{wanted}.yaml"
     if not path.is_file():
-        raise UserError(f"no profile {wanted!r}", why=f"asked for by {why}", hint=nearest(wanted, [p.stem for p in HERE.glob('*.yaml')]))
+        raise UserError(f"no profile {wanted!r}", why=f"asked for by {why}", hint=nearest(wanted, [p.stem for p in HERE.glob("*.yaml")]))
     return path, why

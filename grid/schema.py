@@ -18,6 +18,7 @@ from datasets_ray.errors import UserError, nearest
 from grid.yamlfile import Node
 
 REQUIRED = dataclasses.MISSING
+SAID = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def option(
@@ -43,14 +44,18 @@ class Reader:
         self.errors: list[UserError] = []
         self.marks: dict[str, str] = {}
 
-    def error(self, what: str, *, why: str = "", hint: str = "", where: str = "") -> None:
+    def error(self, what: str, *, why: str = "", hint: str = "", where: str = "", at: str | None = None) -> None:
+        """One mistake. at: the dotted path of the value at fault; its place is looked up (a list item's without its own: its list's)."""
+        while at is not None and not where and at:
+            where, at = self.marks.get(at, ""), at.rpartition(".")[0]
         self.errors.append(UserError(what, why=why, hint=hint, where=where))
 
     def read(self, cls: type, node: Node, path: str = "") -> Any:
         """An instance of the dataclass, or None where a mistake makes one impossible (it is in `errors`)."""
         self.marks[path] = node.where
         if not isinstance(node.value, dict):
-            self.error(f"{path or 'the file'} is {_kind(node.value)}", why=f"a mapping with keys such as {', '.join(list(_fields(cls))[:3])} is expected", where=node.where)
+            why = f"a mapping with keys such as {', '.join(list(_fields(cls))[:3])} is expected"
+            self.error(f"{path or 'the file'} is {_kind(node.value)}", why=why, where=node.where)
             return None
         fields = _fields(cls)
         values: dict[str, Any] = {}
@@ -58,7 +63,8 @@ class Reader:
         for name, child in node.value.items():
             here = f"{path}.{name}" if path else name
             if name not in fields:
-                self.error(f"{here}: unknown key", why=f"{'the file' if not path else path} has no such key", hint=nearest(name, fields), where=child.where)
+                why = f"{path} has no such key" if path else "the file has no such key"
+                self.error(f"{here}: unknown key", why=why, hint=nearest(name, fields), where=child.where)
                 continue
             annotation, field = fields[name]
             before = len(self.errors)
@@ -85,10 +91,10 @@ class Reader:
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
             low, high, above = meta.get("low"), meta.get("high"), meta.get("above")
-            wrong = number != number or (low is not None and number < low) or (high is not None and number > high) or (above is not None and number <= above)
-            if wrong:
-                limits = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else "", f"at most {high}" if high is not None else ""]
-                said = " and ".join(part for part in limits if part) or "a number"
+            limits = [("at least", low, low is None or number >= low), ("above", above, above is None or number > above)]
+            limits += [("at most", high, high is None or number <= high)]
+            if number != number or not all(kept for _, _, kept in limits):
+                said = " and ".join(f"{word} {limit}" for word, limit, _ in limits if limit is not None) or "a number"
                 self.error(f"{path}: {number} is impossible", why=meta.get("doc", ""), hint=f"{said}{unit}", where=node.where)
         if (check := meta.get("check")) and (wrong := check(value)):
             self.error(f"{path}: {wrong}", why=meta.get("doc", ""), where=node.where)
@@ -122,7 +128,7 @@ class Reader:
         if annotation is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
         if not isinstance(value, annotation) or (annotation is not bool and isinstance(value, bool)):
-            return self._wrong({str: "text", int: "a whole number", float: "a number", bool: "true or false"}[annotation], value, path, node)
+            return self._wrong(SAID[annotation], value, path, node)
         return value
 
     def _item(self, annotation: Any, node: Node, path: str) -> Any:
@@ -167,4 +173,5 @@ def _fields(cls: type) -> dict[str, tuple[Any, dataclasses.Field]]:
 
 def explain(cls: type) -> list[tuple[str, str]]:
     """(key, meaning with unit) of every field: documentation that can't fall behind the code."""
-    return [(name, f.metadata.get("doc", "") + (f" [{f.metadata['unit']}]" if f.metadata.get("unit") else "")) for name, (_, f) in _fields(cls).items()]
+    told = ((name, field.metadata) for name, (_, field) in _fields(cls).items())
+    return [(name, meta["doc"] + (f" [{meta['unit']}]" if meta["unit"] else "")) for name, meta in told]

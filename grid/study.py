@@ -17,7 +17,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*$")
 
 
 def _name(value: str) -> str | None:
-    return None if NAME.match(value) and len(value) <= 100 else f"{value!r} is no name (letters, digits, '.', '_', '+' and '-', at most 100)"
+    return (
+        None if NAME.match(value) and len(value) <= 100 else f"{value!r} is no name (letters, digits, '.', '_', '+' and '-', at most 100)"
+    )
 
 
 def _phases(phases: list[Phase | None]) -> str | None:

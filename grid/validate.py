@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
 
 from datasets_ray.errors import nearest
 from grid.expand import Arm
-from grid.profile import Asset, Profile
+from grid.profile import Profile
 from grid.schema import Reader
 from grid.study import Study, Training
+from grid.validate_profile import check_training, known, template
 from grid.yamlfile import Node
 
-PARTS = ("encoder", "connector", "llm")
 CONDITION = re.compile(r"\s*([\w-]+)\s*(!?=)\s*([^;=!]+?)\s*$")
 
 
@@ -30,171 +27,131 @@ def conditions(where: str) -> list[tuple[str, bool, list[str]]]:
     return found
 
 
-def _known(name: str, known: Iterable[str], what: str, path: str, reader: Reader, where: str | None = None) -> bool:
-    known = list(known)
-    if name in known:
-        return True
-    reader.error(f"{path}: unknown {what} {name!r}", hint=nearest(name, known), where=where or reader.marks.get(path, ""))
-    return False
-
-
 def check_axes(study: Study, reader: Reader) -> bool:
     """Axes, base and the entries' axis values; True if arms can be expanded."""
     before = len(reader.errors)
     for axis, values in study.axes.items():
         if not values:
-            reader.error(f"axes.{axis} has no values", why="an axis varies over at least one value", where=reader.marks[f"axes.{axis}"])
+            reader.error(f"axes.{axis} has no values", why="an axis varies over at least one value", at=f"axes.{axis}")
+        elif len(set(values)) < len(values):
+            reader.error(f"axes.{axis}: a value twice", why="each value of an axis is one", at=f"axes.{axis}")
         if axis not in study.base and values:
-            reader.error(f"base: axis {axis!r} is missing", why="the base arm has a value on every axis", hint=f"add `{axis}: {next(iter(values))}`", where=reader.marks["base"])
-
-    def point(at: dict[str, str], path: str) -> None:
-        for axis, value in at.items():
-            if _known(axis, study.axes, "axis", f"{path}.{axis}", reader):
-                _known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.{axis}", reader)
-
-    point(study.base, "base")
+            hint = f"add `{axis}: {next(iter(values))}`"
+            reader.error(f"base: axis {axis!r} is missing", why="the base arm has a value on every axis", hint=hint, at="base")
+    _point(study, study.base, "base", reader)
     if not study.arms and not study.references:
-        reader.error("arms: none", why="a study has at least one arm", where=reader.marks["arms"])
+        reader.error("arms: none", why="a study has at least one arm", at="arms")
     for index, entry in enumerate(study.arms):
         path = f"arms[{index}]"
-        point(entry.at, f"{path}.at")
+        _point(study, entry.at, f"{path}.at", reader)
         for form in ("product", "zip"):
             for axis, values in getattr(entry, form).items():
-                if _known(axis, study.axes, "axis", f"{path}.{form}.{axis}", reader):
+                if known(axis, study.axes, "axis", f"{path}.{form}.{axis}", reader):
                     for position, value in enumerate(values):
-                        _known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.{form}.{axis}[{position}]", reader)
-        for axis in entry.product.keys() & entry.zip.keys() | (entry.at.keys() & (entry.product.keys() | entry.zip.keys())):
-            reader.error(f"{path}: axis {axis!r} is set twice", why="an axis stands in one of `at`, `product` and `zip`", where=reader.marks[path])
+                        known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.{form}.{axis}[{position}]", reader)
+        for axis in (entry.product.keys() & entry.zip.keys()) | (entry.at.keys() & (entry.product.keys() | entry.zip.keys())):
+            reader.error(f"{path}: axis {axis!r} is set twice", why="an axis stands in one of `at`, `product` and `zip`", at=path)
         lengths = {axis: len(values) for axis, values in entry.zip.items()}
         if len(set(lengths.values())) > 1:
             said = ", ".join(f"{axis} has {n}" for axis, n in lengths.items())
-            reader.error(f"{path}.zip: lists of different lengths ({said})", why="zipped axes are taken side by side", where=reader.marks[f"{path}.zip"])
+            reader.error(f"{path}.zip: lists of different lengths ({said})", why="zipped axes are taken side by side", at=f"{path}.zip")
         several = len(entry.seeds) > 1 or any(len(values) > 1 for values in [*entry.product.values(), *entry.zip.values()])
         if several and entry.row is not None:
-            reader.error(f"{path}.row: one row for several arms", why="a row of the published table is one arm", where=reader.marks[f"{path}.row"])
+            reader.error(f"{path}.row: one row for several arms", why="a row of the published table is one arm", at=f"{path}.row")
     for index, reference in enumerate(study.references):
-        point(reference.at, f"references[{index}].at")
+        _point(study, reference.at, f"references[{index}].at", reader)
     return len(reader.errors) == before
 
 
-def check_training(training: Training, path: str, profile: Profile, reader: Reader, where: str, parts: tuple[str, ...] = PARTS) -> None:
-    """One training stage's data, duration, parts and objective."""
-    names = [training.data] if isinstance(training.data, str) else training.data
-    for name in names:
-        if name != "none":
-            _known(name, profile.data, "data set", f"{path}.data", reader, reader.marks.get(f"{path}.data", where))
-    if not names:
-        reader.error(f"{path}.data: no data set", hint="name one of the profile, or `none`", where=where)
-    if "none" not in names and (training.epochs is None) == (training.steps is None):
-        reader.error(f"{path}: {'both' if training.epochs else 'neither'} `epochs` and `steps`", why="one of the two says how long", hint="set the other to null", where=where)
-    for phase in training.phases:
-        for part in phase.learning_rates:
-            _known(part, parts, "part", f"{path}.phases.learning_rates.{part}", reader, where)
-    objectives = [p.stem for p in (Path(__file__).resolve().parent.parent / "trainers" / "objectives").glob("*.py") if not p.stem.startswith("_")]
-    name = training.objective.get("name")
-    if not isinstance(name, str):
-        reader.error(f"{path}.objective: no `name`", hint="objective: {name: next_token}", where=where)
-    elif objectives:
-        _known(name, objectives, "objective", f"{path}.objective.name", reader, where)
-
-
-def check_profile(profile: Profile, reader: Reader) -> None:
-    """Assets: where weights and rows come from."""
-    for kind in ("encoders", "llms", "models"):
-        assets: dict[str, Any] = getattr(profile, kind)
-        for name, asset in assets.items():
-            path, where = f"{kind}.{name}", reader.marks[f"{kind}.{name}"]
-            initial = getattr(asset, "initial", None)
-            if initial is not None and _known(initial, assets, kind[:-1], f"{path}.initial", reader) and _circle(name, assets):
-                reader.error(f"{path}.initial: a circle", why="its initial weights come from itself", where=where)
-            _one_origin(asset, path, reader, where)
-            allowed = ("encoder",) if kind == "encoders" else ("llm",) if kind == "llms" else PARTS
-            for index, training in enumerate(asset.trained):
-                inner = f"{path}.trained[{index}]"
-                check_training(training, inner, profile, reader, reader.marks[inner], allowed)
-    for name, bridge in profile.connectors.items():
-        path = f"connectors.{name}"
-        if (bridge.of is None) == (bridge.checkpoint is None):
-            reader.error(f"{path}: one of `checkpoint` and `of`", why="a released connector has one origin", where=reader.marks[path])
-        elif bridge.of is not None and _known(bridge.of, profile.models, "model", f"{path}.of", reader) and profile.models[bridge.of].stand_in is None:
-            reader.error(f"{path}.of: {bridge.of!r} has no `stand_in`", why="only a model trained here has a pretraining to take it from", where=reader.marks[path])
-    for name, data in profile.data.items():
-        path, where = f"data.{name}", reader.marks[f"data.{name}"]
-        if (data.source is None) == (not data.concat):
-            reader.error(f"{path}: one of `source` and `concat`", why="rows come from a reader or from other sets", where=where)
-        for other in data.concat:
-            _known(other, [n for n, d in profile.data.items() if n != name and not d.concat], "data set", f"{path}.concat", reader)
-        if data.source is not None and data.rows is None and not isinstance(data.keys.get("rows"), int):
-            reader.error(f"{path}: no number of rows", why="batch arithmetic needs it", hint="add `rows:`, or `keys: {rows: ...}` where the source takes it", where=where)
-
-
-def _circle(name: str, assets: dict[str, Any]) -> bool:
-    seen = {name}
-    current = assets[name].initial
-    while current is not None and current in assets:
-        if current in seen:
-            return True
-        seen.add(current)
-        current = assets[current].initial
-    return False
-
-
-def _one_origin(asset: Asset, path: str, reader: Reader, where: str) -> None:
-    initial, stand_in = getattr(asset, "initial", None), getattr(asset, "stand_in", None)
-    origins = [asset.config is not None, asset.checkpoint is not None, initial is not None, stand_in is not None]
-    if asset.config is not None and asset.checkpoint is not None:
-        origins.remove(True)  # a library's architecture by name, and its weights
-    if sum(origins) != 1:
-        reader.error(f"{path}: {'several origins' if sum(origins) else 'no origin'}", why="weights come from `checkpoint`, `config` with `trained`, or `initial` with `trained`", where=where)
-    elif asset.checkpoint is None and stand_in is None and not asset.trained:
-        reader.error(f"{path}: nothing trains it", why="fresh weights know nothing", hint="add `trained: [...]` or a `checkpoint`", where=where)
+def _point(study: Study, at: dict[str, str], path: str, reader: Reader) -> None:
+    for axis, value in at.items():
+        if known(axis, study.axes, "axis", f"{path}.{axis}", reader):
+            known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.{axis}", reader)
 
 
 def check_study(study: Study, profile: Profile, arms: list[Arm], own: Node, reader: Reader) -> None:
-    """Everything that names something else."""
-    for arm in arms:
-        _arm(arm, study, profile, reader)
-    trained = [arm.name for arm in arms]
-    if any(b.negatives == "mined" for b in study.benchmarks.values()):
-        if study.mining is None:
-            reader.error("mining: missing", why="a benchmark's wrong options are mined", hint="add `mining: {miner: ...}`", where=reader.marks["benchmarks"])
-        elif _known(study.mining.miner, profile.encoders, "encoder of the profile", "mining.miner", reader) and study.mining.miner in {a.recipe.encoder for a in arms}:
-            reader.error(f"mining.miner: {study.mining.miner!r} is an arm's encoder", why="its own mistakes would be the wrong options", where=reader.marks["mining.miner"])
-        if study.mining and "{}" not in study.mining.template:
-            reader.error("mining.template has no '{}'", why="it stands for the class name", where=reader.marks["mining.template"])
-    for name, benchmark in study.benchmarks.items():
-        _known(benchmark.data, profile.data, "data set of the profile", f"benchmarks.{name}.data", reader)
-    for group, members in study.groups.items():
-        for index, member in enumerate(members):
-            _known(member, study.benchmarks, "benchmark", f"groups.{group}[{index}]", reader)
-        if not members:
-            reader.error(f"groups.{group}: no benchmark", why="its mean would be of nothing", where=reader.marks[f"groups.{group}"])
-    for index, arm_name in enumerate(study.controls.arms):
-        _known(arm_name, trained, "arm", f"controls.arms[{index}]", reader)
-    for index, name in enumerate(study.controls.benchmarks):
-        _known(name, study.benchmarks, "benchmark", f"controls.benchmarks[{index}]", reader)
+    """Everything that names something else. own: the study's tree before a profile scales it."""
+    for llm, name in study.templates.items():
+        template(name, f"templates.{llm}", reader)
+    _arms(study, profile, arms, reader)
+    _benchmarks(study, profile, arms, reader)
     _contrasts(study, reader)
     for index, reference in enumerate(study.references):
-        _known(reference.released, profile.models, "model of the profile", f"references[{index}].released", reader)
+        known(reference.released, profile.models, "model of the profile", f"references[{index}].released", reader)
     _assumptions(study, own, reader)
 
 
-def _arm(arm: Arm, study: Study, profile: Profile, reader: Reader) -> None:
-    recipe = arm.recipe
-    if arm.released is None:
-        if recipe.model is not None:
-            _known(recipe.model, profile.models, "model of the profile", f"arm {arm.name}: model", reader, arm.where)
-        else:
-            _known(recipe.encoder, profile.encoders, "encoder of the profile", f"arm {arm.name}: encoder", reader, arm.where)
-            if _known(recipe.llm, profile.llms, "language model of the profile", f"arm {arm.name}: llm", reader, arm.where) and recipe.llm not in study.templates:
-                hint = f"add `templates: {{{recipe.llm}: ...}}`"
-                reader.error(f"arm {arm.name}: no conversation template for {recipe.llm!r}", why="each language model has its own", hint=hint, where=reader.marks.get("templates", arm.where))
-        if recipe.init != "fresh":
-            _known(recipe.init, ["fresh", *profile.connectors], "connector", f"arm {arm.name}: init", reader, arm.where)
-    for name in ("pretrain", "finetune"):
-        training: Training = getattr(recipe, name)
-        if "none" not in training.data:
-            check_training(training, f"recipe.{name}", profile, reader, reader.marks.get(f"recipe.{name}", arm.where))
+def _arms(study: Study, profile: Profile, arms: list[Arm], reader: Reader) -> None:
+    """Names that arms use; each name and each training once, at the first arm that has it."""
+    seen: set[object] = set()
+
+    def first(*what: object) -> bool:
+        fresh = what not in seen
+        seen.add(what)
+        return fresh
+
+    for arm in arms:
+        recipe, where = arm.recipe, arm.where
+        if arm.released is None:
+            if recipe.model is not None:
+                if first("model", recipe.model):
+                    known(recipe.model, profile.models, "model of the profile", f"arm {arm.name}: model", reader, where)
+            else:
+                if first("encoder", recipe.encoder):
+                    known(recipe.encoder, profile.encoders, "encoder of the profile", f"arm {arm.name}: encoder", reader, where)
+                if first("llm", recipe.llm) and known(
+                    recipe.llm, profile.llms, "language model of the profile", f"arm {arm.name}: llm", reader, where
+                ):
+                    _templates(recipe.llm, study, profile, reader, arm)
+            if first("init", recipe.init):
+                known(recipe.init, ["fresh", *profile.connectors], "connector", f"arm {arm.name}: init", reader, where)
+        for name in ("pretrain", "finetune"):
+            training: Training = getattr(recipe, name)
+            if first(name, id(training)):
+                check_training(training, f"recipe.{name}", profile, reader, reader.marks.get(f"recipe.{name}", where))
+
+
+def _templates(llm: str, study: Study, profile: Profile, reader: Reader, arm: Arm) -> None:
+    """A language model and those that its weights start from have templates."""
+    name: str | None = llm
+    seen: set[str] = set()
+    while name is not None and name in profile.llms and name not in seen:
+        seen.add(name)
+        if name not in study.templates:
+            hint = f"add `templates: {{{name}: ...}}`"
+            what = f"arm {arm.name}: no conversation template for {name!r}"
+            reader.error(what, why="each language model has its own", hint=hint, where=reader.marks.get("templates", arm.where))
+        name = profile.llms[name].initial
+
+
+def _benchmarks(study: Study, profile: Profile, arms: list[Arm], reader: Reader) -> None:
+    """Benchmarks, their mining, groups and controls."""
+    if any(benchmark.negatives == "mined" for benchmark in study.benchmarks.values()):
+        if study.mining is None:
+            hint = "add `mining: {miner: ...}`"
+            reader.error("mining: missing", why="a benchmark's wrong options are mined", hint=hint, at="benchmarks")
+        elif known(study.mining.miner, profile.encoders, "encoder of the profile", "mining.miner", reader) and any(
+            arm.recipe.encoder == study.mining.miner for arm in arms
+        ):
+            what = f"mining.miner: {study.mining.miner!r} is an arm's encoder"
+            reader.error(what, why="its own mistakes would be the wrong options", at="mining.miner")
+    if study.mining and "{}" not in study.mining.template:
+        reader.error("mining.template has no '{}'", why="it stands for the class name", at="mining.template")
+    for name, benchmark in study.benchmarks.items():
+        known(benchmark.data, profile.data, "data set of the profile", f"benchmarks.{name}.data", reader)
+    for group, members in study.groups.items():
+        for index, member in enumerate(members):
+            known(member, study.benchmarks, "benchmark", f"groups.{group}[{index}]", reader)
+        if not members:
+            reader.error(f"groups.{group}: no benchmark", why="its mean would be of nothing", at=f"groups.{group}")
+    from datasets_ray.answers import RULES
+
+    known(study.evaluation.rule, RULES, "answer rule", "evaluation.rule", reader)
+    names = [arm.name for arm in arms]
+    for index, arm_name in enumerate(study.controls.arms):
+        known(arm_name, names, "arm", f"controls.arms[{index}]", reader)
+    for index, name in enumerate(study.controls.benchmarks):
+        known(name, study.benchmarks, "benchmark", f"controls.benchmarks[{index}]", reader)
 
 
 def _contrasts(study: Study, reader: Reader) -> None:
@@ -202,21 +159,26 @@ def _contrasts(study: Study, reader: Reader) -> None:
     for index, contrast in enumerate(study.contrasts):
         path = f"contrasts[{index}]"
         if contrast.name in seen:
-            reader.error(f"{path}: contrast {contrast.name!r} twice", why=f"also at {reader.marks[f'contrasts[{seen[contrast.name]}]']}", where=reader.marks[path])
+            why = f"also at {reader.marks[f'contrasts[{seen[contrast.name]}]']}"
+            reader.error(f"{path}: contrast {contrast.name!r} twice", why=why, at=path)
         seen.setdefault(contrast.name, index)
-        if _known(contrast.axis, study.axes, "axis", f"{path}.axis", reader):
-            for side, values in (("from", contrast.from_), ("to", contrast.to)):
-                for value in values.split("|"):
-                    _known(value, study.axes[contrast.axis], f"value of axis {contrast.axis}:", f"{path}.{side}", reader)
+        if known(contrast.axis, study.axes, "axis", f"{path}.axis", reader):
+            sides = {"from": contrast.from_.split("|"), "to": contrast.to.split("|")}
+            for side, values in sides.items():
+                for value in values:
+                    known(value, study.axes[contrast.axis], f"value of axis {contrast.axis}:", f"{path}.{side}", reader)
+            if set(sides["from"]) & set(sides["to"]):
+                reader.error(f"{path}: the same value before and after", why="the two sides of an effect differ", at=path)
         try:
             parts = conditions(contrast.where)
         except ValueError as error:
-            reader.error(f"{path}.where: {str(error)!r} is no condition", why="`axis=a|b;axis!=c;row!=2`", where=reader.marks[f"{path}.where"])
+            what = f"{path}.where: {str(error)!r} is no condition"
+            reader.error(what, why="conditions read `axis=a|b;axis!=c;row!=2`", at=f"{path}.where")
             continue
         for axis, _, values in parts:
-            if axis != "row" and _known(axis, [*study.axes, "row"], "axis", f"{path}.where", reader):
+            if axis != "row" and known(axis, [*study.axes, "row"], "axis", f"{path}.where", reader):
                 for value in values:
-                    _known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.where", reader)
+                    known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.where", reader)
 
 
 def _assumptions(study: Study, own: Node, reader: Reader) -> None:
@@ -225,16 +187,22 @@ def _assumptions(study: Study, own: Node, reader: Reader) -> None:
         path, node = f"assumptions[{index}]", own
         rest = assumption.key.split(".")
         while rest:
-            children = node.value if isinstance(node.value, dict) else {}
-            if isinstance(node.value, list):  # arms and contrasts by their name
-                children = {item.value["name"].plain(): item for item in node.value if isinstance(item.value, dict) and "name" in item.value}
+            children = _children(node)
             length = next((n for n in range(len(rest), 0, -1) if ".".join(rest[:n]) in children), 0)
             if not length:
-                reader.error(f"{path}.key: no key {assumption.key!r} in this file", hint=nearest(rest[0], children), where=reader.marks[f"{path}.key"])
+                what = f"{path}.key: no key {assumption.key!r} in this file"
+                reader.error(what, hint=nearest(rest[0], children), at=f"{path}.key")
                 break
             node, rest = children[".".join(rest[:length])], rest[length:]
         else:
             actual = node.plain()
             if not isinstance(actual, dict) and actual != assumption.value:
                 why = f"{assumption.key} is {str(actual)[:80]!r} at {node.where}"
-                reader.error(f"{path}.value: {assumption.value!r} is not the file's value", why=why, where=reader.marks[f"{path}.value"])
+                reader.error(f"{path}.value: {assumption.value!r} is not the file's value", why=why, at=f"{path}.value")
+
+
+def _children(node: Node) -> dict[str, Node]:
+    """Keys of a mapping; items of a list (arms, contrasts) by their name."""
+    if isinstance(node.value, list):
+        return {item.value["name"].plain(): item for item in node.value if isinstance(item.value, dict) and "name" in item.value}
+    return node.value if isinstance(node.value, dict) else {}

@@ -66,7 +66,11 @@ def _convert(node: Any, file: str, line: int, errors: list[UserError], open_: se
         return Node(None, file, line)
     tag = node.tag or ""
     if not tag.startswith("tag:yaml.org,2002:") or "python" in tag:
-        errors.append(UserError(f"tag {tag!r}", why="tags are not read: a study holds plain values only", hint="remove the tag", where=f"{file}:{line}"))
+        errors.append(
+            UserError(
+                f"tag {tag!r}", why="tags are not read: a study holds plain values only", hint="remove the tag", where=f"{file}:{line}"
+            )
+        )
         return Node(None, file, line)
     if isinstance(node, ScalarNode):
         return Node(scalar(node.value) if not node.style else node.value, file, line)
@@ -84,7 +88,14 @@ def _convert(node: Any, file: str, line: int, errors: list[UserError], open_: se
         if key == "<<":
             errors.append(UserError("merge key '<<'", why="an arm is its diff from `base`; nothing else merges", where=f"{file}:{at}"))
         elif key in found:
-            errors.append(UserError(f"key {key!r} twice", why=f"it stands already in line {found[key].line}", hint="keep one of the two", where=f"{file}:{at}"))
+            errors.append(
+                UserError(
+                    f"key {key!r} twice",
+                    why=f"it stands already in line {found[key].line}",
+                    hint="keep one of the two",
+                    where=f"{file}:{at}",
+                )
+            )
         else:
             found[key] = _convert(value_node, file, at, errors, open_)
     return Node(found, file, line)

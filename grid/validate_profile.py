@@ -1,0 +1,123 @@
+"""Does a typed profile hang together? Where weights and rows come from, and what trains them. Mistakes go to the reader with their line."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets_ray.errors import nearest
+from grid.profile import Asset, Profile
+from grid.schema import Reader
+from grid.study import Training
+
+PARTS = ("encoder", "connector", "llm")
+
+
+def known(name: str, names: Iterable[str], what: str, path: str, reader: Reader, where: str = "") -> bool:
+    """Whether a name is one of the names; else the mistake is told, with the nearest one."""
+    names = list(names)
+    if name in names:
+        return True
+    reader.error(f"{path}: unknown {what} {name!r}", hint=nearest(name, names), where=where, at=path)
+    return False
+
+
+@functools.cache
+def objectives() -> tuple[str, ...]:
+    """Names registered in trainers/objectives, read from its text: importing it would load torch."""
+    text = (Path(__file__).resolve().parent.parent / "trainers" / "objectives" / "__init__.py").read_text()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and getattr(node.targets[0], "id", "") == "OBJECTIVES":
+            return tuple(key.value for key in node.value.keys if isinstance(key, ast.Constant))
+    raise AssertionError("trainers/objectives/__init__.py has a literal OBJECTIVES")
+
+
+def check_training(training: Training, path: str, profile: Profile, reader: Reader, where: str, parts: tuple[str, ...] = PARTS) -> None:
+    """One training stage's data, duration, parts, objective and template. where: its place, for keys that have none of their own."""
+    names = [training.data] if isinstance(training.data, str) else training.data
+    for name in names:
+        if name != "none":
+            known(name, profile.data, "data set", f"{path}.data", reader, reader.marks.get(f"{path}.data", where))
+    if not names:
+        reader.error(f"{path}.data: no data set", hint="name one of the profile, or `none`", where=where)
+    if "none" in names and len(names) > 1:
+        reader.error(f"{path}.data: `none` beside others", why="it leaves the stage out", where=where)
+    if "none" not in names and (training.epochs is None) == (training.steps is None):
+        given = "both" if training.epochs is not None else "neither"
+        reader.error(f"{path}: {given} `epochs` and `steps`", why="one of the two says how long", hint="set the other to null", where=where)
+    for phase in training.phases:
+        for part in phase.learning_rates:
+            known(part, parts, "part", f"{path}.phases.learning_rates.{part}", reader, where)
+    name = training.objective.get("name")
+    if not isinstance(name, str):
+        reader.error(f"{path}.objective: no `name`", hint="objective: {name: next_token}", where=where)
+    elif ":" not in name:
+        known(name, objectives(), "objective", f"{path}.objective.name", reader, where)
+    if training.template is not None:
+        template(training.template, f"{path}.template", reader, where)
+
+
+def template(name: str, path: str, reader: Reader, where: str = "") -> bool:
+    """Whether a conversation template exists."""
+    from datasets_ray.prompts import TEMPLATES
+
+    return known(name, TEMPLATES, "conversation template", path, reader, where)
+
+
+def check_profile(profile: Profile, reader: Reader) -> None:
+    """Every asset of every kind."""
+    for kind in ("encoders", "llms", "models"):
+        assets: dict[str, Any] = getattr(profile, kind)
+        for name, asset in assets.items():
+            path = f"{kind}.{name}"
+            initial = getattr(asset, "initial", None)
+            if initial is not None and known(initial, assets, f"one of {kind}", f"{path}.initial", reader) and _circle(name, assets):
+                reader.error(f"{path}.initial: a circle", why="its initial weights come from itself", at=path)
+            _origin(asset, path, reader)
+            allowed = ("encoder",) if kind == "encoders" else ("llm",) if kind == "llms" else PARTS
+            for index, training in enumerate(asset.trained):
+                inner = f"{path}.trained[{index}]"
+                check_training(training, inner, profile, reader, reader.marks[inner], allowed)
+    for name, bridge in profile.connectors.items():
+        path = f"connectors.{name}"
+        if (bridge.of is None) == (bridge.checkpoint is None):
+            reader.error(f"{path}: one of `checkpoint` and `of`", why="a released connector has one origin", at=path)
+        elif bridge.of and known(bridge.of, profile.models, "model", f"{path}.of", reader) and profile.models[bridge.of].stand_in is None:
+            why = "only a model trained here has a pretraining to take it from"
+            reader.error(f"{path}.of: {bridge.of!r} has no `stand_in`", why=why, at=path)
+    for name, data in profile.data.items():
+        path = f"data.{name}"
+        if (data.source is None) == (not data.concat):
+            reader.error(f"{path}: one of `source` and `concat`", why="rows come from a reader or from other sets", at=path)
+        for other in data.concat:
+            single = [n for n, d in profile.data.items() if n != name and not d.concat]
+            known(other, single, "data set", f"{path}.concat", reader)
+        if data.source is not None and data.rows is None and not isinstance(data.keys.get("rows"), int):
+            hint = "add `rows:`, or `keys: {rows: ...}` where the source takes it"
+            reader.error(f"{path}: no number of rows", why="batch arithmetic needs it", hint=hint, at=path)
+
+
+def _circle(name: str, assets: dict[str, Any]) -> bool:
+    seen, current = {name}, assets[name].initial
+    while current is not None and current in assets:
+        if current in seen:
+            return True
+        seen.add(current)
+        current = assets[current].initial
+    return False
+
+
+def _origin(asset: Asset, path: str, reader: Reader) -> None:
+    """Weights have one origin, and fresh ones are trained."""
+    initial, stand_in = getattr(asset, "initial", None), getattr(asset, "stand_in", None)
+    origins = sum([asset.config is not None or asset.checkpoint is not None, initial is not None, stand_in is not None])
+    if origins != 1:
+        why = "weights come from `checkpoint`, from `config` with `trained`, or from `initial` with `trained`"
+        reader.error(f"{path}: {'several origins' if origins else 'no origin'}", why=why, at=path)
+    elif asset.checkpoint is None and stand_in is None and not asset.trained:
+        reader.error(f"{path}: nothing trains it", why="fresh weights know nothing", hint="add `trained: [...]` or a `checkpoint`", at=path)
+    if asset.revision is not None and asset.checkpoint is None:
+        reader.error(f"{path}.revision without `checkpoint`", why="it is a checkpoint's revision", at=f"{path}.revision")

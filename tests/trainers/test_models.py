@@ -7,8 +7,21 @@ import torch
 
 from datasets_ray.errors import UserError
 from tests.trainers.tiny_models import (
-    CLIP_VISION, IMAGE, LLMS, PATCH, SIZE, VOCABULARY, assert_same_gradients, context, gradients, loss_of, pack_of, part, sample, vlm_spec,
-)  # fmt: skip
+    CLIP_VISION,
+    IMAGE,
+    LLMS,
+    PATCH,
+    SIZE,
+    VOCABULARY,
+    assert_same_gradients,
+    context,
+    gradients,
+    loss_of,
+    pack_of,
+    part,
+    sample,
+    vlm_spec,
+)
 from trainers.models import build, freeze_table, train_parts
 from trainers.models.connectors import connector
 from trainers.models.encoders import normalise
@@ -118,8 +131,8 @@ def llava_of(model, llm: str, encoder: str):
 
     vision = CLIPVisionConfig(**{k: v for k, v in CLIP_VISION.items() if k != "model_type"})
     config = LlavaConfig(
-        vision_config=vision, text_config=LLMS[llm], image_token_index=VOCABULARY - 1, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", projector_hidden_act="gelu", tie_word_embeddings=LLMS[llm].get("tie_word_embeddings", False),
+        vision_config=vision, text_config=LLMS[llm], image_token_index=VOCABULARY - 1, vision_feature_layer=-2, projector_hidden_act="gelu",
+        vision_feature_select_strategy="default", tie_word_embeddings=LLMS[llm].get("tie_word_embeddings", False),
     )  # fmt: skip
     llava = LlavaForConditionalGeneration(config).eval()
     tower = llava.model.vision_tower

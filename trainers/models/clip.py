@@ -42,7 +42,8 @@ class Clip(nn.Module):
         self.config = config
         self.tokenizer: str | None = config.get("tokenizer")
         """The text tower's tokenizer: a name for datasets_ray.tokens; None for open_clip's own."""
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        self.mean: tuple[float, ...] = CLIP_MEAN
+        self.std: tuple[float, ...] = CLIP_STD
         if image is not None:
             recipe = recipe_from_json(image)
             self.mean, self.std = recipe.mean, recipe.std

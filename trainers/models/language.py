@@ -36,7 +36,9 @@ def causal_lm(config: dict[str, Any]) -> nn.Module:
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(hf, field, None) not in (None, 1, 1.0):
             raise UserError(f"{kind} sets {field}", why="logits are the output embedding of the hidden state and nothing else")
-    return AutoModelForCausalLM.from_config(hf, attn_implementation=attention.register(), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(hf, attn_implementation=attention.register(), dtype=torch.float32)
+    model.tie_weights()  # part of the initialisation that loading skips
+    return model
 
 
 def llm_part(part: dict[str, Any], source: Source) -> nn.Module:

@@ -96,7 +96,8 @@ def _block(block: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor], segments
     attn = block.attn
     query, key, value = attn.qkv(block.norm1(hidden)).unflatten(-1, (3, attn.num_heads, -1)).unbind(1)  # [P, heads, d]
     query, key = apply_rotary_pos_emb_vision(query, key, *rotation)
-    mixed = segments.attend(*(x.transpose(0, 1)[None] for x in (query, key, value)), attn.scaling)[0]
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+    mixed = segments.attend(query, key, value, attn.scaling)[0]
     hidden = hidden + attn.proj(mixed.flatten(1))
     return hidden + block.mlp(block.norm2(hidden))
 
@@ -133,7 +134,8 @@ class Qwen2Vl(TextModel):
         super().__init__(parts)
         vision = config.vision_config
         self.patch, self.merge, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
+        self.mean: tuple[float, ...] = CLIP_MEAN
+        self.std: tuple[float, ...] = CLIP_STD
         if image is not None:
             wanted = {"kind": "native", "patch": self.patch, "merge": self.merge}
             given = {key: image.get(key) for key in wanted}
@@ -154,7 +156,7 @@ class Qwen2Vl(TextModel):
 
         def config(depth: int | None = None) -> Any:
             fields = {k: v for k, v in configs["llm"].items() if k != "model_type"}
-            made = Qwen2VLConfig(**fields)
+            made: Any = Qwen2VLConfig(**fields)
             if depth is not None:
                 made.vision_config.depth = depth
             return made

@@ -31,6 +31,7 @@ RENAMES = (
     (re.compile(r"^model\.(language_model|visual|vision_tower|multi_modal_projector)\."), r"\1."),
     (re.compile(r"^language_model\.(?!lm_head)"), "model."),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(model\.)?(vision_tower\.)+(vision_model\.)?"), "vision_model."),
     (re.compile(r"multi_modal_projector\.linear_1\."), "multi_modal_projector.0."),
     (re.compile(r"multi_modal_projector\.linear_2\."), "multi_modal_projector.2."),
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ class Loaded:
     everything: list[Arm]
     """All arms of the study: a chosen one may start from another's weights."""
     published: Path | None
+    scaled: list[dict[str, Any]] = field(default_factory=list)
+    """Keys of the study that profile or --set changed: key, study, here, where."""
     notices: list[str] = field(default_factory=list)
 
     @property
@@ -78,17 +80,22 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     if errors or reader.errors:
         raise UserErrors(_unique(errors + reader.errors))
     notices = list(compatibility.DIFFERS.get(typed_study.compatibility or "", []))
-    return Loaded(
-        typed_study,
-        typed_profile,
-        yamlfile.shown(study_path),
-        study_path.parent,
-        reason,
-        _select(expanded, arms, typed_study),
-        expanded,
-        published,
-        notices,
-    )
+    chosen = _select(expanded, arms, typed_study)
+    file, folder = yamlfile.shown(study_path), study_path.parent
+    return Loaded(typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices)
+
+
+def _changes(own: Node, tree: Node, path: str = "") -> Iterator[dict[str, Any]]:
+    """Leaves of the tree that differ from the study's own."""
+    for key, node in tree.value.items():
+        here = f"{path}.{key}" if path else key
+        before = own.value.get(key)
+        if before is node:
+            continue
+        if before is not None and isinstance(before.value, dict) and isinstance(node.value, dict):
+            yield from _changes(before, node, here)
+        elif before is None or before.plain() != node.plain():
+            yield {"key": here, "study": before.plain() if before else None, "here": node.plain(), "where": node.where}
 
 
 def _stand_ins(arms: list[Arm], study: Study, profile: Profile, tree: Node, reader: Reader) -> list[Arm]:
@@ -96,7 +103,11 @@ def _stand_ins(arms: list[Arm], study: Study, profile: Profile, tree: Node, read
     made = []
     for arm in arms:
         model = profile.models.get(arm.released or "")
-        made.append(with_changes(arm, study, tree.value["recipe"], model.stand_in, reader) if model and model.stand_in is not None else arm)
+        if model and model.stand_in is not None:
+            arm = with_changes(arm, study, tree.value["recipe"], model.stand_in, reader)
+        elif model and model.checkpoint is None:
+            arm = replace(arm, stands_in=True)
+        made.append(arm)
     return made
 
 

@@ -74,7 +74,7 @@ class Planner:
     def _model(self, arm: Arm) -> tuple[Spec, Spec, str | None]:
         recipe, seed = arm.recipe, self.seed(arm)
         asked = self.study.evaluation.fit or recipe.finetune.fit
-        if arm.released and not arm.stands_in:
+        if arm.released and self.profile.models[arm.released].stand_in is None:
             model, pixels = self.assets.whole(arm.released, recipe.llm)
             return model, self.assets.image(pixels, asked), None
         pretraining = None
@@ -99,7 +99,7 @@ class Planner:
         bridge = self.profile.connectors[arm.recipe.init]
         if bridge.of is None:
             return {"checkpoint": bridge.checkpoint, "revision": bridge.revision}
-        origin = next(a for a in self.loaded.everything if a.released == bridge.of and a.stands_in)
+        origin = next(a for a in self.loaded.everything if a.released == bridge.of)
         return {"stage": self.model(origin)[2], "part": "connector"}
 
     def questions(self, benchmark: str) -> str:
@@ -179,7 +179,8 @@ def plan(loaded: Loaded) -> dict[str, Any]:
             "name": study.study, "question": study.question, "file": loaded.file,
             "profile": profile.profile, "profile_reason": loaded.reason,
             "about": profile.about, "miniature": profile.miniature, "seed": study.seed, "compatibility": study.compatibility,
-            "assumptions": [{"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions], "notices": loaded.notices,
+            "assumptions": [{"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions], "scaled": loaded.scaled,
+            "notices": loaded.notices,
         },
         "groups": study.groups,
         "contrasts": contrasts,

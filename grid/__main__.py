@@ -1,0 +1,5 @@
+"""`python -m grid COMMAND ...` is `finegrid COMMAND ...`."""
+
+from grid.cli import main
+
+main()

@@ -1,0 +1,177 @@
+"""A plan for people: plan.json and the loaded study in, tables as text out (`grid.plan` without --json)."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from grid.load import Loaded
+
+MOST = 60
+"""Longest table; what is left out is counted and `--json` has it."""
+
+
+def render(plan: dict[str, Any], loaded: Loaded) -> str:
+    """Everything `grid.plan` prints after the profile's line."""
+    study = plan["study"]
+    head = [f"{study['name']}: {study['question']}"]
+    if study["miniature"]:
+        head.append("MINIATURE: sizes, data and rates are this profile's; nothing here compares with published numbers.")
+    parts = [
+        "\n".join(head), _arms(plan), _stages(plan), _training(plan), _evaluation(plan), _totals(plan), _scaled(study), _assumptions(study),
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], most: int = MOST) -> str:
+    """Columns aligned, numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows[:most]]
+    widths = [max(len(head[i]), *(len(row[i]) for row in cells)) if cells else len(head[i]) for i in range(len(head))]
+    right = [
+        all(not isinstance(row[i], str) or row[i][:1].isdigit() or row[i] in ("", "-") for row in rows[:most]) for i in range(len(head))
+    ]
+    lines = [[head[i].rjust(widths[i]) if right[i] else head[i].ljust(widths[i]) for i in range(len(head))]]
+    lines += [[row[i].rjust(widths[i]) if right[i] else row[i].ljust(widths[i]) for i in range(len(head))] for row in cells]
+    text = "\n".join("  " + "  ".join(line).rstrip() for line in lines)
+    return text + (f"\n  ... and {len(rows) - most:,} more (--json lists all)" if len(rows) > most else "")
+
+
+def big(number: float) -> str:
+    """1.23e9 → 1.23 G."""
+    for unit in ("", "k", "M", "G", "T", "P", "E", "Z"):
+        if abs(number) < 1000 or unit == "Z":
+            return f"{number:.3g} {unit}".rstrip()
+        number /= 1000
+    raise AssertionError
+
+
+def hours(number: float) -> str:
+    """Device time; short ones in seconds or minutes."""
+    seconds = number * 3600
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{number:,.1f} h"
+
+
+def flow(value: Any) -> str:
+    """A value as one would write it in YAML, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(flow(item) for item in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _arms(plan: dict[str, Any]) -> str:
+    cost = {stage["id"]: stage["cost"]["gpu_hours"] for stage in plan["stages"]}
+    entries = [*plan["arms"], *plan["references"]]
+    if not entries:
+        return ""
+    axes = list(entries[0]["axes"])
+    rows = []
+    for entry in entries:
+        start = (
+            "released" if entry["released"] and not entry["stands_in"] else entry["init"] + (" (stand-in)" if entry["stands_in"] else "")
+        )
+        rows.append([
+            entry["name"],
+            *(entry["axes"][axis] for axis in axes),
+            start,
+            len(entry["stages"]),
+            hours(sum(cost[i] for i in entry["stages"])),
+        ])
+    title = f"Arms: {len(plan['arms']):,} trained, {len(plan['references'])} reference(s). Cost of one alone, nothing shared:"
+    return title + "\n" + table(["arm", *axes, "init", "stages", "device"], rows)
+
+
+def _stages(plan: dict[str, Any]) -> str:
+    counted = ", ".join(f"{count:,} {kind}" for kind, count in plan["totals"]["by_kind"].items())
+    shared = [stage for stage in plan["stages"] if len(stage["arms"]) > 1 and stage["kind"] == "train"]
+    lines = [f"Stages: {len(plan['stages']):,} ({counted}). Each runs once. Trained once for several arms:"]
+    rows = [[stage["name"], len(stage["arms"]), stage["id"]] for stage in shared]
+    return (
+        "\n".join([*lines, table(["stage", "arms", "identity"], rows)])
+        if shared
+        else lines[0].replace(" Trained once for several arms:", "")
+    )
+
+
+def _training(plan: dict[str, Any]) -> str:
+    rows = []
+    for stage in plan["stages"]:
+        if stage["kind"] != "train":
+            continue
+        cost, spec, runtime = stage["cost"], stage["spec"], stage["runtime"]
+        epochs = f"{spec['epochs']:g} epoch" if "epochs" in spec else f"{spec['steps']} steps"
+        again = " recompute" if runtime["activation_checkpointing"] else ""
+        rows.append([
+            stage["name"], f"{_rows(stage):,}", epochs, spec["batch"], f"{cost['steps']:,}", f"{cost['samples']:,}", big(cost["tokens"]),
+            "+".join(cost["trainable"]), big(cost["flops"]), hours(cost["gpu_hours"]), f"{cost['memory_gib']:.2f}", f"{runtime['zero']}{again}",
+            f"{cost['disk_gib']:.3f}",
+        ])  # fmt: skip
+    head = ["training", "rows", "for", "batch", "steps", "samples", "tokens", "trains", "FLOPs", "device", "GiB each", "ZeRO", "GiB kept"]
+    return (
+        f"Batch arithmetic and estimates (steps = rows x epochs / batch, the last partial batch counts):\n{table(head, rows)}"
+        if rows
+        else ""
+    )
+
+
+def _rows(stage: dict[str, Any]) -> int:
+    spec, cost = stage["spec"], stage["cost"]
+    return int(cost["rows"]) if "rows" in cost else int(cost["samples"] / spec.get("epochs", 1))
+
+
+def _evaluation(plan: dict[str, Any]) -> str:
+    by_benchmark: dict[str, list[int]] = {}
+    for entry in [*plan["arms"], *plan["references"]]:
+        for name in entry["scores"]:
+            by_benchmark.setdefault(name, []).append(1)
+    if not by_benchmark:
+        return ""
+    samples = {stage["id"]: stage["cost"]["samples"] for stage in plan["stages"]}
+    first = [*plan["arms"], *plan["references"]][0]
+    groups = {name: group for group, names in plan["groups"].items() for name in names}
+    rows = [[name, groups.get(name, "-"), f"{samples[first['predictions'][name]]:,}", len(models)] for name, models in by_benchmark.items()]
+    text = "Questions:\n" + table(["benchmark", "group", "questions", "models"], rows)
+    controls = [f"{entry['name']} ({', '.join(entry['controls'])})" for entry in plan["arms"] if entry["controls"]]
+    return text + (f"\n  control, images permuted among questions: {'; '.join(controls)}" if controls else "")
+
+
+def _totals(plan: dict[str, Any]) -> str:
+    totals = plan["totals"]
+    device = totals["device"]
+    lines = [
+        f"Totals, assuming {device['mfu']:.0%} of {device['tflops']:g} TFLOP/s of {device['name']}:",
+        f"  {big(totals['flops'])}FLOP, {hours(totals['gpu_hours'])} of one device; arm by arm without sharing {hours(totals['gpu_hours_without_sharing'])}",
+        f"  largest stage {totals['memory_gib']:.2f} GiB of {device['memory_gib']:g} GiB a device"
+        + ("" if totals["fits"] else ": DOES NOT FIT"),
+        f"  {totals['disk_gib']:.2f} GiB kept, {totals['work_gib']:.2f} GiB more for the largest stage's checkpoints",
+    ]
+    if paper := totals.get("paper"):
+        each, most = paper["devices"] * paper["hours"], paper["gpu_hours_at_most"]
+        lines.append(
+            f"  the paper: {paper['devices']} x {paper['device']}, up to {paper['hours']:g} h an arm = {each:,.0f} device hours an arm, "
+            f"{most:,.0f} for {totals['arms']} arms"
+        )
+    return "\n".join(lines)
+
+
+def _scaled(study: dict[str, Any]) -> str:
+    if not study["scaled"]:
+        return ""
+    rows = [f"  {entry['key']}: {flow(entry['study'])} -> {flow(entry['here'])} ({entry['where']})" for entry in study["scaled"]]
+    return "Different from the study file:\n" + "\n".join(rows)
+
+
+def _assumptions(study: dict[str, Any]) -> str:
+    lines = []
+    if study["assumptions"]:
+        lines.append("Assumptions where the source is silent:")
+        for entry in study["assumptions"]:
+            lines += textwrap.wrap(
+                f"{entry['key']} = {flow(entry['value'])}: {entry['text']}", 130, initial_indent="  - ", subsequent_indent="    "
+            )
+    if study["notices"]:
+        lines.append(f"{study['compatibility']}, and what still differs from it:")
+        lines += [f"  - {notice}" for notice in study["notices"]]
+    return "\n".join(lines)

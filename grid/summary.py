@@ -41,7 +41,8 @@ def lane_times(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]
         loading += work_begin - begin
         closing += event["end"] - work_end
     idle = max(0.0, lane_seconds - work - loading - closing)
-    return {"lane_seconds": lane_seconds, "work_seconds": work, "loading_seconds": loading, "closing_seconds": closing, "idle_seconds": idle}
+    parts = {"work": work, "loading": loading, "closing": closing, "idle": idle, "lane": lane_seconds}
+    return {f"{part}_seconds": seconds for part, seconds in parts.items()}
 
 
 def summarise(

@@ -109,8 +109,8 @@ class Tracker:
         tags = {"finegrid.run": self.run["id"], "finegrid.role": "study", **scale}
         parent = self._run("", self.out.name, tags, self._study_params())
         for arm in self.arms:
-            tags = {"finegrid.run": self.run["id"], "finegrid.role": "arm", "finegrid.arm": arm["name"], "mlflow.parentRunId": parent, **scale}
-            tags |= {"source": str(arm.get("source")), **({"row": str(arm["row"])} if arm.get("row") else {})}
+            tags = {"finegrid.run": self.run["id"], "finegrid.role": "arm", "finegrid.arm": arm["name"], **scale}
+            tags |= {"mlflow.parentRunId": parent, "source": str(arm.get("source")), **({"row": str(arm["row"])} if arm.get("row") else {})}
             axes = {f"axis.{key}": value for key, value in arm.get("axes", {}).items()}
             self._run(arm["name"], arm["name"], tags, {**axes, "init": arm.get("init"), "arm": arm["name"]})
         self._save()

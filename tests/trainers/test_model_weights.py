@@ -132,6 +132,14 @@ def test_parts_load_from_a_qwen2_vl_checkpoint(tmp_path):
         assert all(torch.equal(v, blocks[k]) for k, v in state(model, "encoder").items())
 
 
+def test_the_file_in_the_parts_own_format_is_found(tmp_path):
+    clip = build(clip_spec(), context(tmp_path))
+    save_file({"vision_model.embeddings.class_embedding": torch.zeros(32)}, tmp_path / "model.safetensors")  # transformers' format
+    torch.save(state(clip, "encoder"), tmp_path / "open_clip_pytorch_model.bin")  # open_clip's
+    again = build(from_checkpoint(clip_spec(9), tmp_path, ["encoder"]), context(tmp_path))
+    assert same(state(clip, "encoder"), state(again, "encoder"))
+
+
 def test_llavas_released_projector_loads_without_running_its_pickle(tmp_path):
     model = build(vlm_spec(), context(tmp_path))
     torch.save({f"model.mm_projector.{k}": v.half() for k, v in state(model, "connector").items()}, tmp_path / "mm_projector.bin")

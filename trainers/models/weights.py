@@ -74,7 +74,9 @@ def make_part(name: str, part: dict[str, Any], source: Source, construct: Callab
         load_part(module, [file], str(file))
     elif "checkpoint" in weights:
         directory = _directory(weights["checkpoint"], weights.get("revision"))
-        load_part(module, _weight_files(directory, name), weights["checkpoint"], renames=True)
+        candidates = _weight_files(directory, name)
+        fitting = [files for files in candidates if _prefix(_distinct(module), _index(files, renames=True)) is not None]
+        load_part(module, (fitting or candidates)[0], weights["checkpoint"], renames=True)
     else:
         raise UserError(f"weights of {name}: {weights}", hint="{fresh: seed}, {stage: id} or {checkpoint: directory or hub id}")
     return module
@@ -82,12 +84,9 @@ def make_part(name: str, part: dict[str, Any], source: Source, construct: Callab
 
 def load_part(module: nn.Module, files: list[Path], where: str, renames: bool = False) -> None:
     """Copies a part's tensors from files. Raises UserError naming every tensor that is missing or has another shape."""
-    found: dict[str, tuple[Path, str]] = {}
-    for file in files:
-        for key in _keys(file):
-            found[_renamed(key) if renames else key] = (file, key)
+    found = _index(files, renames)
     wanted = _distinct(module)
-    prefix = _prefix(wanted, found) if renames else ""
+    prefix = (_prefix(wanted, found) if renames else "") or ""
     optional: Callable[[str], bool] = getattr(module, "ignores", lambda key: False)
     problems: list[str] = []
     taken: dict[Path, list[tuple[str, Tensor]]] = {}
@@ -141,11 +140,16 @@ def _distinct(module: nn.Module) -> list[tuple[list[str], Tensor]]:
     return list(groups.values())
 
 
-def _prefix(wanted: list[tuple[list[str], Tensor]], found: dict[str, tuple[Path, str]]) -> str:
-    """The prefix under which a file holds most of the wanted names."""
+def _index(files: list[Path], renames: bool) -> dict[str, tuple[Path, str]]:
+    """Tensor name, as parts call it → (file, name in the file)."""
+    return {(_renamed(key) if renames else key): (file, key) for file in files for key in _keys(file)}
+
+
+def _prefix(wanted: list[tuple[list[str], Tensor]], found: dict[str, tuple[Path, str]]) -> str | None:
+    """The prefix under which a file holds most of the wanted names; None if it is another model's file."""
     first = wanted[0][0][0]
-    candidates = {key.removesuffix(first) for key in found if key == first or key.endswith(f".{first}")}
-    return max(sorted(candidates), key=lambda p: sum(any(p + n in found for n in names) for names, _ in wanted), default="")
+    candidates = sorted({key.removesuffix(first) for key in found if key == first or key.endswith(f".{first}")})
+    return max(candidates, key=lambda p: sum(any(p + n in found for n in names) for names, _ in wanted), default=None)
 
 
 def _renamed(key: str) -> str:
@@ -169,17 +173,19 @@ def _directory(checkpoint: str, revision: str | None) -> Path:
         raise UserError(f"no directory {checkpoint!r}", why="not a hub id either", hint="a local directory or owner/name")
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "open_clip_pytorch_model.bin"]
     try:
-        path = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        path = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=wanted))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=["*.bin", "*.json"]))
+            path = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=["*.json", "*.bin"]))
     except Exception as error:  # the hub client has a dozen exceptions for "not there" and "no network"
         raise UserError(f"can't get {checkpoint} from the hub", why=str(error).splitlines()[0], hint="give a local directory") from error
     return path
 
 
-def _weight_files(directory: Path, part: str) -> list[Path]:
-    """The preferred weight file of a directory, or all shards of it."""
+def _weight_files(directory: Path, part: str) -> list[list[Path]]:
+    """The weight files of a directory, shards together, the preferred first. A repository may hold one model in several formats."""
+    found = []
     for name in (f"{part}.safetensors", *FILES):
         index = directory / f"{name}.index.json"
         if index.is_file():
@@ -187,10 +193,12 @@ def _weight_files(directory: Path, part: str) -> list[Path]:
             outside = [s for s in shards if Path(s).name != s]
             if outside:
                 raise UserError(f"{index} points outside its directory: {outside[0]}")
-            return [directory / s for s in shards]
-        if (directory / name).is_file():
-            return [directory / name]
-    raise UserError(f"no weights in {directory}", why=f"looked for {part}.safetensors, {', '.join(FILES)} and their shards")
+            found.append([directory / s for s in shards])
+        elif (directory / name).is_file():
+            found.append([directory / name])
+    if not found:
+        raise UserError(f"no weights in {directory}", why=f"looked for {part}.safetensors, {', '.join(FILES)} and their shards")
+    return found
 
 
 def _keys(file: Path) -> list[str]:

@@ -142,7 +142,8 @@ class Estimator:
         memory = self._fit(stage, model, trained, sizes)
         kept = sum(sizes[part] for part in trained) * self.bytes
         return {
-            "flops": sum(by_part.values()), "flops_by_part": by_part, "rows": rows, "steps": steps, "samples": int(samples), "tokens": samples * length,
+            "flops": sum(by_part.values()), "flops_by_part": by_part, "rows": rows, "steps": steps,
+            "samples": int(samples), "tokens": samples * length,
             "parameters": sizes, "trainable": sorted(trained), "memory_gib": memory["total"], "memory": memory,
             "disk_gib": kept / GIB, "work_gib": 2 * sum(sizes[part] for part in trained) * (self.bytes + 12) / GIB,
         }  # fmt: skip

@@ -69,16 +69,9 @@ def _arms(plan: dict[str, Any]) -> str:
     axes = list(entries[0]["axes"])
     rows = []
     for entry in entries:
-        start = (
-            "released" if entry["released"] and not entry["stands_in"] else entry["init"] + (" (stand-in)" if entry["stands_in"] else "")
-        )
-        rows.append([
-            entry["name"],
-            *(entry["axes"][axis] for axis in axes),
-            start,
-            len(entry["stages"]),
-            hours(sum(cost[i] for i in entry["stages"])),
-        ])
+        start = entry["released"] + (" (stand-in)" if entry["stands_in"] else "") if entry["released"] else entry["init"]
+        total = hours(sum(cost[id] for id in entry["stages"]))
+        rows.append([entry["name"], *(entry["axes"][axis] for axis in axes), start, len(entry["stages"]), total])
     title = f"Arms: {len(plan['arms']):,} trained, {len(plan['references'])} reference(s). Cost of one alone, nothing shared:"
     return title + "\n" + table(["arm", *axes, "init", "stages", "device"], rows)
 
@@ -101,24 +94,17 @@ def _training(plan: dict[str, Any]) -> str:
         if stage["kind"] != "train":
             continue
         cost, spec, runtime = stage["cost"], stage["spec"], stage["runtime"]
+        memory = f"{cost['memory_gib']:.2f}"
         epochs = f"{spec['epochs']:g} epoch" if "epochs" in spec else f"{spec['steps']} steps"
         again = " recompute" if runtime["activation_checkpointing"] else ""
         rows.append([
-            stage["name"], f"{_rows(stage):,}", epochs, spec["batch"], f"{cost['steps']:,}", f"{cost['samples']:,}", big(cost["tokens"]),
-            "+".join(cost["trainable"]), big(cost["flops"]), hours(cost["gpu_hours"]), f"{cost['memory_gib']:.2f}", f"{runtime['zero']}{again}",
+            stage["name"], f"{cost['rows']:,}", epochs, spec["batch"], f"{cost['steps']:,}", f"{cost['samples']:,}", big(cost["tokens"]),
+            "+".join(cost["trainable"]), big(cost["flops"]), hours(cost["gpu_hours"]), memory, f"{runtime['zero']}{again}",
             f"{cost['disk_gib']:.3f}",
         ])  # fmt: skip
     head = ["training", "rows", "for", "batch", "steps", "samples", "tokens", "trains", "FLOPs", "device", "GiB each", "ZeRO", "GiB kept"]
-    return (
-        f"Batch arithmetic and estimates (steps = rows x epochs / batch, the last partial batch counts):\n{table(head, rows)}"
-        if rows
-        else ""
-    )
-
-
-def _rows(stage: dict[str, Any]) -> int:
-    spec, cost = stage["spec"], stage["cost"]
-    return int(cost["rows"]) if "rows" in cost else int(cost["samples"] / spec.get("epochs", 1))
+    title = "Batch arithmetic and estimates (steps = rows x epochs / batch, the last partial batch counts):\n"
+    return title + table(head, rows) if rows else ""
 
 
 def _evaluation(plan: dict[str, Any]) -> str:
@@ -142,7 +128,8 @@ def _totals(plan: dict[str, Any]) -> str:
     device = totals["device"]
     lines = [
         f"Totals, assuming {device['mfu']:.0%} of {device['tflops']:g} TFLOP/s of {device['name']}:",
-        f"  {big(totals['flops'])}FLOP, {hours(totals['gpu_hours'])} of one device; arm by arm without sharing {hours(totals['gpu_hours_without_sharing'])}",
+        f"  {big(totals['flops'])}FLOP, {hours(totals['gpu_hours'])} of one device; "
+        f"arm by arm without sharing {hours(totals['gpu_hours_without_sharing'])}",
         f"  largest stage {totals['memory_gib']:.2f} GiB of {device['memory_gib']:g} GiB a device"
         + ("" if totals["fits"] else ": DOES NOT FIT"),
         f"  {totals['disk_gib']:.2f} GiB kept, {totals['work_gib']:.2f} GiB more for the largest stage's checkpoints",

@@ -98,10 +98,13 @@ def _best_fit(order: Sequence[int], costs: Sequence[int], capacity: int) -> list
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
     for sample in order:
+        if costs[sample] > capacity:
+            bins.append([sample])
+            continue
         at = bisect_left(room, (costs[sample], -1))
         if at == len(room):
             bins.append([])
-            free, number = max(capacity, costs[sample]), len(bins) - 1
+            free, number = capacity, len(bins) - 1
         else:
             free, number = room.pop(at)
         bins[number].append(sample)

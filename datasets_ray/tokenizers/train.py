@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     from datasets_ray.specimens.species import SPECIES
 
     texts = corpus([line for path in options.english for line in path.read_text().splitlines()])
-    kept = tuple(SPECIES)
+    kept = (*SPECIES, *LETTERS[:8])
     llama, qwen2 = train_llama(texts, options.vocabulary, kept), train_qwen2(texts, options.vocabulary, kept)
     save(llama, options.out / "tiny-llama", bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
     save(qwen2, options.out / "tiny-qwen2", eos_token="<|endoftext|>", pad_token="<|endoftext|>")

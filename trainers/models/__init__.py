@@ -57,12 +57,14 @@ def build(spec: dict[str, Any], ctx: Context, *, image: dict[str, Any] | None = 
 
 
 def train_parts(model: Any, names: set[str]) -> None:
-    """Exactly these parts learn; the others keep no gradients."""
+    """Exactly these parts learn; the others keep no gradients. The model is in training mode afterwards: it has no dropout, but a frozen
+    language model below a connector that trains recomputes its activations only there."""
     unknown = names - set(model.parts)
     if unknown:
         raise UserError(f"no part {sorted(unknown)[0]!r} in this model", hint=nearest(sorted(unknown)[0], model.parts))
     for name, part in model.parts.items():
         part.requires_grad_(name in names)
+    model.train()
 
 
 def freeze_table(model: Any) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ class Answers:
     """bool[N]: an answer could be read off the text."""
     options: np.ndarray
     """int[N]: how many options the question showed."""
+    letters: np.ndarray
+    """str[N]: the letter read off the answer, empty where there is none."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,7 +67,9 @@ class Arm:
     source: str = "trained"
     row: int | None = None
     init: str | None = None
-    """What its starting weights differ in beyond the axes; compared when arms are matched."""
+    """How it starts and what else its recipe changes beyond the axes; compared when arms are matched."""
+    stands_in: bool = False
+    """A released model that this profile replaces by one of its own."""
     seed: int | None = None
     """Arms that repeat a recipe differ here; compared when arms are matched."""
     scores: dict[str, Score] = field(default_factory=dict)
@@ -117,6 +121,8 @@ class Results:
     """stage id → the planned stage with "done" (its DONE.json) or None."""
     notices: list[str] = field(default_factory=list)
     store: Path | None = None
+    questions: dict[str, Path] = field(default_factory=dict)
+    """benchmark → the rows artefact that was asked."""
     run: dict[str, Any] = field(default_factory=dict)
     """Who ran it, when and with which versions; where time went."""
 

@@ -5,8 +5,6 @@ In: `Results` of a run. Out: `Table`s, each None where the run has nothing of th
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from grid import stats
@@ -96,9 +94,7 @@ def benchmarks_table(results: Results) -> Table | None:
         ])
         invalid = [f"{arm.name} {plain(100 * s.valid)} %" for arm, s in scores if s.valid is not None and s.valid < 0.95]
         if invalid:
-            table.notes.append(
-                f"{title_of(benchmark)}: under 95 % valid answers: {', '.join(invalid)}; the rest names no option"
-            )
+            table.notes.append(f"{title_of(benchmark)}: under 95 % valid answers: {', '.join(invalid)}; the rest names no option")
     return table if table.rows else None
 
 
@@ -228,29 +224,24 @@ def zeroshot_table(results: Results) -> Table | None:
         marks=marks_of(results),
         caption="“a photo of a {class}”, cosine similarity; gap: VLM − encoder among the same options, percentage points, both as accuracy",
     )
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for arm in results.arms:
         for benchmark, found in arm.zeroshot.items():
-            key = (found["stage"], benchmark)
-            if key in seen:
+            if found["stage"] in seen:
                 continue
-            seen.add(key)
+            seen.add(found["stage"])
             users = [a for a in results.arms if a.zeroshot.get(benchmark, {}).get("stage") == found["stage"] and benchmark in a.scores]
             values = {a.name: _accuracy(a.scores[benchmark]) for a in users}
-            among = found.get("among_choices")
+            among = _points(found.get("among_choices"))
             best = max(values, key=lambda name: values[name]) if values else None
             mean = float(np.mean(list(values.values()))) if values else None
             table.rows.append([
-                Cell(arm.axes.get("encoder", arm.name)),
-                Cell(title_of(benchmark)),
-                Cell(str(found.get("n", ""))),
-                *(number(_points(found.get(k), found)) for k in ("top1", "top5", "mean_per_class", "among_choices")),
-                number(values[best] if best else None),
-                Cell(best or "–", href=rows_page(best, benchmark) if best else ""),
-                number(mean),
-                number(values[best] - _points(among, found) if best and among is not None else None, signed=True),
-                number(mean - _points(among, found) if mean is not None and among is not None else None, signed=True),
-            ])
+                Cell(arm.axes.get("encoder", arm.name)), Cell(title_of(benchmark)), Cell(str(found.get("n", ""))),
+                *(number(_points(found.get(share))) for share in ("top1", "top5", "mean_per_class", "among_choices")),
+                number(values[best] if best else None), Cell(best or "–", href=rows_page(best, benchmark) if best else ""), number(mean),
+                number(None if best is None or among is None else values[best] - among, signed=True),
+                number(None if mean is None or among is None else mean - among, signed=True),
+            ])  # fmt: skip
     return table if table.rows else None
 
 
@@ -258,6 +249,5 @@ def _accuracy(score: Score) -> float:
     return score.value if score.answers is None else 100 * float(score.answers.correct.mean())
 
 
-def _points(value: float | None, found: dict[str, Any]) -> Any:
-    """Zero-shot scores as points; a stage that wrote shares says `"unit": "share"`."""
-    return None if value is None else 100 * value if found.get("unit") == "share" else value
+def _points(share: float | None) -> float | None:
+    return None if share is None else 100 * share

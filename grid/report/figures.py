@@ -31,38 +31,38 @@ class Figure:
 
 def draw(results: Results, effects: Sequence[Effect]) -> list[Figure]:
     """Every figure that this study has data for."""
-    plt = _pyplot()
-    try:
-        sketches = [
-            plots.effects_plot(plt, results, effects),
-            plots.swaps_plot(plt, results, effects),
-            plots.pretraining_plot(plt, results),
-            plots.steps_plot(plt, results),
-        ]
-        return [_finish(sketch, results) for sketch in sketches if sketch is not None]
-    finally:
-        plt.close("all")
-
-
-def _pyplot() -> Any:
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    with matplotlib.rc_context(STYLE):
+        sketches = [
+            plots.effects_plot(_subplots, results, effects),
+            plots.swaps_plot(_subplots, results, effects),
+            plots.pretraining_plot(_subplots, results),
+            plots.steps_plot(_subplots, results),
+        ]
+        return [_finish(sketch, results) for sketch in sketches if sketch is not None]
 
-    plt.rcdefaults()
-    plt.rcParams.update({
-        "svg.fonttype": "none", "svg.hashsalt": "finegrid", "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False,
-        "axes.spines.right": False, "axes.edgecolor": QUIET, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
-        "ytick.color": INK, "axes.axisbelow": True, "figure.constrained_layout.use": True,
-    })  # fmt: skip
-    return plt
+
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "finegrid", "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": QUIET, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
+    "ytick.color": INK, "axes.axisbelow": True,
+}  # fmt: skip
+
+
+def _subplots(rows: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Any, Any]:
+    """(figure, its axes as an array); no pyplot, so no global state and no display."""
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def _finish(sketch: plots.Sketch, results: Results) -> Figure:
     svg, png = io.StringIO(), io.BytesIO()
     sketch.figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    sketch.figure.savefig(png, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    sketch.figure.set_layout_engine("none")  # laid out by the first save
+    sketch.figure.savefig(png, format="png", dpi=120, facecolor="white", metadata={"Software": None})
     text = _inline(svg.getvalue(), sketch.id, sketch.title)
     return Figure(sketch.id, sketch.title, sketch.caption, text, png.getvalue(), marks_of(results))
 

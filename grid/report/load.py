@@ -1,6 +1,6 @@
 """A run directory as `Results`: what was planned, what is there, and the answers behind every number.
 
-In: `plan.json`; `run.json`, `ledger.jsonl` and `timeline.jsonl` where they exist; and the store's finished artefacts (scores.json,
+In: `plan.json`; `run.json`, `summary.json` and `ledger.jsonl` where they exist; and the store's finished artefacts (scores.json,
 scored.parquet, DONE.json). Out: `grid.results.Results`, read-only; a run that is still going or lost arms loads as well,
 each absent score with its reason.
 """
@@ -32,16 +32,8 @@ def load_run(directory: str | Path) -> Results:
     store = _store(out, run, plan)
     study = plan.get("study", {})
     groups = {name: tuple(members) for name, members in plan.get("groups", {}).items()}
-    results = Results(
-        study.get("name", out.name),
-        groups,
-        [],
-        contrasts=list(plan.get("contrasts", [])),
-        study=study,
-        directory=out,
-        store=store,
-        run={**run, "timeline": _lines(out / "timeline.jsonl"), "totals": plan.get("totals", {})},
-    )
+    results = Results(study.get("name", out.name), groups, [], contrasts=list(plan.get("contrasts", [])), study=study, directory=out)
+    results.store, results.run = store, {**run, "summary": _json(out / "summary.json") or {}}
     results.stages = {stage["id"]: {**stage, "done": _json(store / stage["id"] / "DONE.json")} for stage in plan.get("stages", [])}
     failures = _failures(out)
     for planned in [*plan.get("arms", []), *plan.get("references", [])]:
@@ -49,7 +41,7 @@ def load_run(directory: str | Path) -> Results:
     results.arms.sort(key=lambda arm: (arm.row is None, arm.row or 0))
     grouped = {b for members in groups.values() for b in members}
     results.extra = tuple(dict.fromkeys(b for arm in results.arms for b in (*arm.scores, *arm.missing) if b not in grouped))
-    results.notices += [text for notice in study.get("notices", []) for text in [_text(notice)]]
+    results.notices += [_text(notice) for notice in study.get("notices", [])]
     results.published = _published(plan.get("published"), out, study)
     if results.published is not None:
         results.steps = results.published.steps
@@ -58,27 +50,22 @@ def load_run(directory: str | Path) -> Results:
 
 
 def _arm(planned: dict[str, Any], results: Results, failures: dict[str, str]) -> Arm:
-    arm = Arm(
-        planned["name"],
-        {k: str(v) for k, v in planned.get("axes", {}).items()},
-        planned.get("source", "trained"),
-        planned.get("row"),
-        _init(planned.get("init")),
-        planned.get("seed"),
-        stages=list(planned.get("stages", [])),
-    )
-    blocked = next((f"{results.stages[s]['name']}: {failures[s]}" for s in arm.stages if s in failures and s in results.stages), None)
+    axes = {axis: str(value) for axis, value in planned.get("axes", {}).items()}
+    arm = Arm(planned["name"], axes, planned.get("source", "trained"), planned.get("row"), _init(planned), bool(planned.get("stands_in")))
+    arm.seed, arm.stages = planned.get("seed"), list(planned.get("stages", []))
     for benchmark, stage in planned.get("scores", {}).items():
         score = _score(stage, results, f"{arm.name} on {benchmark}")
         if score is None:
-            unfinished = next((s for s in arm.stages if s in results.stages and results.stages[s]["done"] is None), None)
-            waits = f"{results.stages[unfinished]['name']} has not finished" if unfinished else "not run"
-            arm.missing[benchmark] = blocked or waits
+            arm.missing[benchmark] = _why(stage, results, failures)
         else:
             arm.scores[benchmark] = score
     for benchmark in results.benchmarks:
         if benchmark not in arm.scores and benchmark not in arm.missing:
             arm.missing[benchmark] = "not planned for this arm"
+    for benchmark, stage in planned.get("predictions", {}).items():
+        rows = results.stages.get(stage, {}).get("spec", {}).get("questions")
+        if rows and (_artefact(results, rows) / "manifest.json").is_file():
+            results.questions.setdefault(benchmark, _artefact(results, rows))
     for benchmark, stage in planned.get("controls", {}).items():
         control = _score(stage, results, f"control of {arm.name} on {benchmark}")
         if control is not None:
@@ -88,6 +75,23 @@ def _arm(planned: dict[str, Any], results: Results, failures: dict[str, str]) ->
         if found is not None:
             arm.zeroshot[benchmark] = {**found, "stage": stage}
     return arm
+
+
+def _why(stage: str, results: Results, failures: dict[str, str]) -> str:
+    """Why a score stage has nothing: what failed among the stages it needs, else the first that has not finished."""
+    needed: list[str] = []
+    waiting = [stage]
+    while waiting:
+        one = waiting.pop()
+        if one in results.stages and one not in needed:
+            needed.append(one)
+            waiting += results.stages[one].get("needs", [])
+    order = {one: k for k, one in enumerate(results.stages)}
+    open_ = sorted((one for one in needed if results.stages[one]["done"] is None), key=lambda one: order[one])
+    for one in open_:
+        if one in failures:
+            return f"{results.stages[one]['name']} failed: {failures[one]}"
+    return f"{results.stages[open_[0]]['name']} has not finished" if open_ else "not run"
 
 
 def _score(stage: str, results: Results, what: str) -> Score | None:
@@ -125,15 +129,15 @@ def read_answers(path: Path) -> Answers:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["id", "label", "options", "valid", "correct"])
+    table = pq.ParquetFile(path).read(columns=["id", "label", "options", "letter", "valid", "correct"])
     options = table.column("options")
     if pa.types.is_list(options.type) or pa.types.is_large_list(options.type):
         counts = pc.list_value_length(options).fill_null(0).to_numpy(zero_copy_only=False)
     else:
         counts = np.array([len(json.loads(text or "[]")) for text in options.to_pylist()])
-    text = {name: np.array(table.column(name).to_pylist(), dtype=np.str_) for name in ("id", "label")}
+    text = {name: np.array([cell or "" for cell in table.column(name).to_pylist()], dtype=np.str_) for name in ("id", "label", "letter")}
     flags = {name: table.column(name).fill_null(False).to_numpy(zero_copy_only=False).astype(bool) for name in ("valid", "correct")}
-    return Answers(text["id"], text["label"], flags["correct"], flags["valid"], counts.astype(np.int64))
+    return Answers(text["id"], text["label"], flags["correct"], flags["valid"], counts.astype(np.int64), text["letter"])
 
 
 def _mean(values: np.ndarray, labels: np.ndarray, metric: str) -> float:
@@ -176,8 +180,11 @@ def _artefact(results: Results, stage: str) -> Path:
     return results.store / stage
 
 
-def _init(given: Any) -> str | None:
-    return None if given is None else given if isinstance(given, str) else json.dumps(given, sort_keys=True)
+def _init(planned: dict[str, Any]) -> str | None:
+    """The start, and every change of the recipe that no axis makes: arms that differ there are no matched pair."""
+    more = {key: value for key, value in (planned.get("changes") or {}).items() if key not in ("init", "seed")}
+    init = planned.get("init")
+    return json.dumps({"init": init, **more}, sort_keys=True) if more else init
 
 
 def _text(notice: Any) -> str:

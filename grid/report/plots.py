@@ -1,12 +1,12 @@
 """What each figure shows, drawn on matplotlib axes: effects, swaps of base models, pretraining, cumulative contributions.
 
-In: `Results`, effects and pyplot (handed in, so that nothing here imports it). Out: `Sketch`es, or None where a study has no
-data for the figure. Published values appear beside the run's own wherever there are any.
+In: `Results`, effects and a function that makes axes (so that nothing here imports matplotlib at once). Out: `Sketch`es, or
+None where a study has no data for the figure. Published values appear beside the run's own wherever there are any.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ COLOURS = ("#3b82c4", "#d9822b", "#3a9e78", "#a06ab4", "#c4565b", "#8c7a3d")
 UNEXPLAINED = "not explained here"
 
 
+Subplots = Callable[..., tuple[Any, Any]]
+"""(rows, columns, size in inches, sharex=, sharey=) → figure, axes[rows, columns]."""
+
+
 @dataclass(frozen=True)
 class Sketch:
     figure: Any
@@ -29,13 +33,13 @@ class Sketch:
     caption: str
 
 
-def effects_plot(plt: Any, results: Results, effects: Sequence[Effect]) -> Sketch | None:
+def effects_plot(subplots: Subplots, results: Results, effects: Sequence[Effect]) -> Sketch | None:
     """All contrasts as points with intervals, the published effect as a hollow diamond."""
     shown = [e for e in effects if any(g.mean is not None for g in e.groups.values())]
     if not shown:
         return None
     groups, printed = list(results.groups), printed_effects(results)
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.0 * len(groups) + 1.8, 0.34 * len(shown) + 0.9), sharey=True, squeeze=False)
+    figure, axes = subplots(1, len(groups), (4.0 * len(groups) + 1.8, 0.34 * len(shown) + 0.9), sharey=True)
     for colour, group, ax in zip(COLOURS, groups, axes[0], strict=False):
         ax.axvline(0, color=QUIET, linewidth=0.8)
         for y, effect in enumerate(shown):
@@ -56,14 +60,14 @@ def effects_plot(plt: Any, results: Results, effects: Sequence[Effect]) -> Sketc
     return Sketch(figure, "effects", "Effects", f"Mean over matched pairs, 95 % interval over questions{beside}.")
 
 
-def swaps_plot(plt: Any, results: Results, effects: Sequence[Effect]) -> Sketch | None:
+def swaps_plot(subplots: Subplots, results: Results, effects: Sequence[Effect]) -> Sketch | None:
     """Figure 5: every matched pair of the contrasts over language model and encoder, as an arrow from start to goal."""
     rows: list[tuple[Effect, Arm, Arm]] = [(e, a, b) for e in effects if e.contrast.axis in ("llm", "encoder") for a, b in e.pairs]
     rows = [r for r in rows if any(r[k].value(g, results.groups) is not None for g in results.groups for k in (1, 2))]
     if not rows:
         return None
     groups, twin = list(results.groups), results.published
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups) + 2.6, 0.26 * len(rows) + 1.2), sharey=True, squeeze=False)
+    figure, axes = subplots(1, len(groups), (4.4 * len(groups) + 2.6, 0.26 * len(rows) + 1.2), sharey=True)
     names = list(dict.fromkeys(e.contrast.name for e, _, _ in rows))
     offsets = {name: 0.7 * k for k, name in enumerate(names)}
     heights = [k + offsets[e.contrast.name] for k, (e, _, _) in enumerate(rows)]
@@ -103,7 +107,7 @@ def _arrow(ax: Any, start: float | None, goal: float | None, y: float, colour: s
     ax.plot(start, y, "o", color=colour, markersize=width * 1.7)
 
 
-def pretraining_plot(plt: Any, results: Results) -> Sketch | None:
+def pretraining_plot(subplots: Subplots, results: Results) -> Sketch | None:
     """Figure 7: pretraining data × what it updates, for each encoder and language model."""
     trained = [arm for arm in results.arms if {"pretraining", "updating"} <= set(arm.axes) and arm.source != "released"]
     arms = [arm for k, arm in enumerate(trained) if all(arm.axes != later.axes for later in trained[k + 1 :])]  # row 12, not row 2
@@ -117,7 +121,7 @@ def pretraining_plot(plt: Any, results: Results) -> Sketch | None:
     kinds.sort(key=lambda kind: (kind[1] != "connector", kind[0] != "none"))
     groups, twin = list(results.groups), results.published
     size = (max(6.0, 1.6 * len(families) + 1.2), 2.2 * len(groups) + 0.6)
-    figure, axes = plt.subplots(len(groups), 1, figsize=size, sharex=True, squeeze=False)
+    figure, axes = subplots(len(groups), 1, size, sharex=True)
     width = 0.8 / len(kinds)
     for group, ax in zip(groups, axes[:, 0], strict=True):
         for x, members in enumerate(families.values()):
@@ -137,8 +141,10 @@ def pretraining_plot(plt: Any, results: Results) -> Sketch | None:
         ax.grid(axis="y", color=QUIET, alpha=0.25, linewidth=0.6)
     bare = len({key[2] for key in families}) == 1
     axes[-1][0].set_xticks(range(len(families)), ["\n".join(key[:2] if bare else key) for key in families], fontsize=7)
+    from matplotlib.patches import Rectangle
+
     named = [data if data == "none" else f"{data}, {what}" for data, what in kinds]
-    keys = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[k % len(COLOURS)], label=name) for k, name in enumerate(named)]
+    keys = [Rectangle((0, 0), 1, 1, color=COLOURS[k % len(COLOURS)], label=name) for k, name in enumerate(named)]
     axes[0][0].legend(handles=keys, ncols=len(keys), loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=7.5)
     beside = "; diamonds: published" if twin is not None else ""
     ranges = "; bars carry 95 % intervals" if results.directory is not None else ""
@@ -150,7 +156,7 @@ def _kind(arm: Arm) -> tuple[str, str]:
     return arm.axes["pretraining"], arm.axes["updating"]
 
 
-def steps_plot(plt: Any, results: Results) -> Sketch | None:
+def steps_plot(subplots: Subplots, results: Results) -> Sketch | None:
     """Figure 8: what each change contributes between the weakest and the strongest model."""
     sources = [("this run", results), ("published", results.published)] if results.directory is not None else [("", results)]
     drawn = [(name, source) for name, source in sources if source is not None and len(_ladder(source, results.steps)) > 2]
@@ -158,7 +164,7 @@ def steps_plot(plt: Any, results: Results) -> Sketch | None:
         return None
     groups = list(results.groups)
     size = (4.6 * len(groups) + 1.0, 2.7 * len(drawn) + 0.4)
-    figure, axes = plt.subplots(len(drawn), len(groups), figsize=size, squeeze=False, sharex="row", sharey="row")
+    figure, axes = subplots(len(drawn), len(groups), size, sharex="row", sharey="row")
     for (name, source), line in zip(drawn, axes, strict=True):
         ladder = _ladder(source, results.steps)
         for colour, group, ax in zip(COLOURS, groups, line, strict=False):

@@ -51,7 +51,7 @@ def load_published(table: Path, beside: Path | None = None, title: str = "") -> 
         at = f"{table}:{line}"
         row = _number(cells["row"], "row", at)
         arm = Arm(
-            f"row-{int(row)}" if row is not None else f"line-{line}",
+            f"row-{int(row):02d}" if row is not None else f"line-{line}",
             {a: cells[a] for a in axes},
             cells.get("source") or "trained",
             None if row is None else int(row),

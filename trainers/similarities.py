@@ -83,7 +83,8 @@ def _tokenise(model: Any, texts: Sequence[str], device: str) -> tuple[Any, int]:
     if model.tokenizer is None:
         import open_clip
 
-        ids = open_clip.get_tokenizer(model.config["name"], context_length=model.context_length)(list(texts))
+        tokenize = open_clip.get_tokenizer(model.config.get("name", "ViT-B-32"), context_length=model.context_length)
+        ids = tokenize(list(texts))
         return ids.to(device), int((ids[:, -1] != 0).sum())
     tokenizer = load_tokenizer(model.tokenizer)
     end = tokenizer.eos_token or ""

@@ -96,3 +96,13 @@ def talkative(folder: Path) -> dict[str, Any]:
         spec["parts"][name]["weights"] = {"stage": "talkative"}
     (folder / "model.json").write_text(json.dumps(spec))
     return spec
+
+
+def clip_part(folder: Path, seed: int = 4) -> dict[str, Any]:
+    """Writes the artefact of a stage that trained a CLIP (model.json, encoder.safetensors); returns its ModelSpec."""
+    spec = clip_spec(seed)
+    model = build(spec, Context.local(folder / "building", {"id": "c", "spec": {}}), image=IMAGE)
+    save_part(model, "encoder", folder / "encoder.safetensors")
+    spec["parts"]["encoder"]["weights"] = {"stage": "clip"}
+    (folder / "model.json").write_text(json.dumps(spec))
+    return spec

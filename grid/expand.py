@@ -187,6 +187,7 @@ class Maker:
                     self.told.add(error.render())
                     self.reader.errors.append(error)
             result = None if reader.errors else (value,)
+            self.reader.sections[id(value)] = value, reader.marks
         self.cache[marker] = result
         self.kept.append(edits)  # so that the ids in the cache's keys stay taken
         return result

@@ -70,8 +70,9 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     published = study_path.parent / typed_study.published if typed_study.published else None
     reader.errors = []
     validate_profile.check_profile(typed_profile, reader)
+    wrong = len(reader.errors)
     expanded = expand(typed_study, tree.value["recipe"], reader) if validate.check_axes(typed_study, reader) else []
-    validate.check_study(typed_study, typed_profile, expanded, own, reader)
+    validate.check_study(typed_study, typed_profile, expanded, own, reader, complete=len(reader.errors) == wrong)
     expanded = _stand_ins(expanded, typed_study, typed_profile, tree, reader)
     if published and not published.is_file():
         reader.error(
@@ -128,7 +129,6 @@ def _lay(study: Node, profile: Profile | None, sets: list[tuple[list[str], Node]
     if named is not None and named.value is not None:
         if isinstance(named.value, str) and named.value in compatibility.SETS:
             own = yamlfile.merged(compatibility.tree(named.value), study)
-            own.file, own.line = study.file, study.line
         else:
             reader.error(
                 f"compatibility: unknown set {named.value!r}", hint=nearest(str(named.value), compatibility.SETS), where=named.where

@@ -43,6 +43,12 @@ class Reader:
     def __init__(self) -> None:
         self.errors: list[UserError] = []
         self.marks: dict[str, str] = {}
+        self.sections: dict[int, tuple[Any, dict[str, str]]] = {}
+        """Identity of a value that was typed on its own (an arm's recipe section) → (the value, its marks)."""
+
+    def marks_of(self, value: Any) -> dict[str, str]:
+        """Where the keys of a section stand; the whole file's marks if it wasn't typed on its own."""
+        return self.sections.get(id(value), (None, self.marks))[1]
 
     def error(self, what: str, *, why: str = "", hint: str = "", where: str = "", at: str | None = None) -> None:
         """One mistake. at: the dotted path of the value at fault; its place is looked up (a list item's without its own: its list's)."""

@@ -69,12 +69,15 @@ def _point(study: Study, at: dict[str, str], path: str, reader: Reader) -> None:
             known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.{axis}", reader)
 
 
-def check_study(study: Study, profile: Profile, arms: list[Arm], own: Node, reader: Reader) -> None:
-    """Everything that names something else. own: the study's tree before a profile scales it."""
+def check_study(study: Study, profile: Profile, arms: list[Arm], own: Node, reader: Reader, complete: bool = True) -> None:
+    """Everything that names something else. own: the study's tree before a profile scales it; complete: all arms could be made."""
     for llm, name in study.templates.items():
         template(name, f"templates.{llm}", reader)
     _arms(study, profile, arms, reader)
     _benchmarks(study, profile, arms, reader)
+    if complete:
+        for index, name in enumerate(study.controls.arms):
+            known(name, [arm.name for arm in arms], "arm", f"controls.arms[{index}]", reader)
     _contrasts(study, reader)
     for index, reference in enumerate(study.references):
         known(reference.released, profile.models, "model of the profile", f"references[{index}].released", reader)
@@ -108,7 +111,9 @@ def _arms(study: Study, profile: Profile, arms: list[Arm], reader: Reader) -> No
         for name in ("pretrain", "finetune"):
             training: Training = getattr(recipe, name)
             if first(name, id(training)):
-                check_training(training, f"recipe.{name}", profile, reader, reader.marks.get(f"recipe.{name}", where))
+                before = len(reader.errors)
+                check_training(training, f"recipe.{name}", profile, reader, reader.marks_of(training))
+                reader.errors[before:] = [error for error in reader.errors[before:] if first("told", error.what)]
 
 
 def _templates(llm: str, study: Study, profile: Profile, reader: Reader, arm: Arm) -> None:
@@ -147,9 +152,6 @@ def _benchmarks(study: Study, profile: Profile, arms: list[Arm], reader: Reader)
     from datasets_ray.answers import RULES
 
     known(study.evaluation.rule, RULES, "answer rule", "evaluation.rule", reader)
-    names = [arm.name for arm in arms]
-    for index, arm_name in enumerate(study.controls.arms):
-        known(arm_name, names, "arm", f"controls.arms[{index}]", reader)
     for index, name in enumerate(study.controls.benchmarks):
         known(name, study.benchmarks, "benchmark", f"controls.benchmarks[{index}]", reader)
 

@@ -35,12 +35,15 @@ def objectives() -> tuple[str, ...]:
     raise AssertionError("trainers/objectives/__init__.py has a literal OBJECTIVES")
 
 
-def check_training(training: Training, path: str, profile: Profile, reader: Reader, where: str, parts: tuple[str, ...] = PARTS) -> None:
-    """One training stage's data, duration, parts, objective and template. where: its place, for keys that have none of their own."""
+def check_training(
+    training: Training, path: str, profile: Profile, reader: Reader, marks: dict[str, str], parts: tuple[str, ...] = PARTS
+) -> None:
+    """One training stage's data, duration, parts, objective and template. marks: where its keys stand."""
+    where = marks[path]
     names = [training.data] if isinstance(training.data, str) else training.data
     for name in names:
         if name != "none":
-            known(name, profile.data, "data set", f"{path}.data", reader, reader.marks.get(f"{path}.data", where))
+            known(name, profile.data, "data set", f"{path}.data", reader, marks.get(f"{path}.data", where))
     if not names:
         reader.error(f"{path}.data: no data set", hint="name one of the profile, or `none`", where=where)
     if "none" in names and len(names) > 1:
@@ -48,16 +51,17 @@ def check_training(training: Training, path: str, profile: Profile, reader: Read
     if "none" not in names and (training.epochs is None) == (training.steps is None):
         given = "both" if training.epochs is not None else "neither"
         reader.error(f"{path}: {given} `epochs` and `steps`", why="one of the two says how long", hint="set the other to null", where=where)
-    for phase in training.phases:
+    for index, phase in enumerate(training.phases):
         for part in phase.learning_rates:
-            known(part, parts, "part", f"{path}.phases.learning_rates.{part}", reader, where)
+            here = f"{path}.phases[{index}].learning_rates.{part}"
+            known(part, parts, "part", here, reader, marks[here])
     name = training.objective.get("name")
     if not isinstance(name, str):
         reader.error(f"{path}.objective: no `name`", hint="objective: {name: next_token}", where=where)
     elif ":" not in name:
-        known(name, objectives(), "objective", f"{path}.objective.name", reader, where)
+        known(name, objectives(), "objective", f"{path}.objective.name", reader, marks.get(f"{path}.objective", where))
     if training.template is not None:
-        template(training.template, f"{path}.template", reader, where)
+        template(training.template, f"{path}.template", reader, marks.get(f"{path}.template", where))
 
 
 def template(name: str, path: str, reader: Reader, where: str = "") -> bool:
@@ -80,7 +84,7 @@ def check_profile(profile: Profile, reader: Reader) -> None:
             allowed = ("encoder",) if kind == "encoders" else ("llm",) if kind == "llms" else PARTS
             for index, training in enumerate(asset.trained):
                 inner = f"{path}.trained[{index}]"
-                check_training(training, inner, profile, reader, reader.marks[inner], allowed)
+                check_training(training, inner, profile, reader, reader.marks, allowed)
     for name, bridge in profile.connectors.items():
         path = f"connectors.{name}"
         if (bridge.of is None) == (bridge.checkpoint is None):

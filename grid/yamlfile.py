@@ -16,7 +16,8 @@ from yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from datasets_ray.errors import UserError, UserErrors, nearest
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)$")
+INT = re.compile(r"[-+]?[0-9][0-9_]*$")
+TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in "str int float bool null map seq timestamp value merge".split())
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")
 WORDS: dict[str, Any] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
@@ -65,7 +66,7 @@ def _convert(node: Any, file: str, line: int, errors: list[UserError], open_: se
         errors.append(UserError("an anchor that contains itself", why="a study is a tree", where=f"{file}:{line}"))
         return Node(None, file, line)
     tag = node.tag or ""
-    if not tag.startswith("tag:yaml.org,2002:") or "python" in tag:
+    if tag not in TAGS:
         errors.append(
             UserError(
                 f"tag {tag!r}", why="tags are not read: a study holds plain values only", hint="remove the tag", where=f"{file}:{line}"
@@ -160,7 +161,7 @@ def merged(below: Node | None, above: Node) -> Node:
     joined = dict(below.value)
     for key, node in above.value.items():
         joined[key] = merged(joined.get(key), node)
-    return Node(joined, below.file, below.line)
+    return Node(joined, above.file, above.line)
 
 
 def nested(path: list[str], leaf: Node) -> Node:

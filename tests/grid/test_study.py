@@ -1,0 +1,114 @@
+"""YAML with lines, and typed reading."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from datasets_ray.errors import UserError, UserErrors
+from grid import load, profile, study, yamlfile
+from grid.schema import Reader, explain, option
+from tests.grid.studies import PROFILE, STUDY, changed, write
+
+
+def test_scalars_follow_yaml_1_2():
+    text = "a: 1e-3\nb: no\nc: on\nd: 012\ne: 'true'\nf: ~\ng: 1_000\nh: .5\ni: 1.\nj: 2024-01-01\nk: -3\n"
+    values = yamlfile.parse(text, "x").plain()
+    assert values == {
+        "a": 0.001, "b": "no", "c": "on", "d": 12, "e": "true", "f": None, "g": 1000, "h": 0.5, "i": 1.0, "j": "2024-01-01", "k": -3,
+    }  # fmt: skip
+
+
+def test_every_value_knows_its_line():
+    tree = yamlfile.parse("a:\n  b: 1\n  c: [2,\n    3]\n", "x")
+    assert (tree.value["a"].line, tree.value["a"].value["b"].line, tree.value["a"].value["c"].value[1].line) == (1, 2, 4)
+    assert tree.value["a"].value["b"].where == "x:2"
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2", "a: !!set {}", "<<: {a: 1}", "[a: 1", "? [a]\n: 1", "a: &x [*x]"])
+def test_what_a_study_may_not_hold(text):
+    with pytest.raises(UserError, match="x:"):
+        yamlfile.parse(text, "x")
+
+
+def test_yaml_constructs_nothing(tmp_path):
+    with pytest.raises(UserErrors, match="tags are not read"):
+        yamlfile.parse(f"a: !!python/object/apply:pathlib.Path.touch ['{tmp_path}/made']", "x")
+    assert not (tmp_path / "made").exists()
+
+
+def test_merging_joins_mappings_and_replaces_the_rest():
+    below, above = yamlfile.parse("a: {b: 1, c: [1, 2]}\nd: 3", "below"), yamlfile.parse("a: {c: [9]}\ne: 4", "above")
+    joined = yamlfile.merged(below, above)
+    assert joined.plain() == {"a": {"b": 1, "c": [9]}, "d": 3, "e": 4}
+    assert joined.value["a"].value["b"].where == "below:1" and joined.value["a"].value["c"].where == "above:1"
+    assert below.plain() == {"a": {"b": 1, "c": [1, 2]}, "d": 3}
+
+
+def test_reader_collects_all_mistakes():
+    @dataclasses.dataclass
+    class Point:
+        x: int = option("across", unit="pixels", low=0)
+        y: float = option("down", 1.5)
+        name: str | None = option("what it is called", None)
+
+    Point.__module__ = __name__
+    reader = Reader()
+    assert reader.read(Point, yamlfile.parse("x: 3\ny: 2", "f")) == Point(x=3, y=2.0, name=None)
+    assert not reader.errors
+    assert reader.read(Point, yamlfile.parse("x: -1\ny: high\nz: 1", "f")) is None
+    assert len(reader.errors) == 3
+    assert explain(Point)[0] == ("x", "across [pixels]")
+
+
+def test_every_key_of_study_and_profile_says_what_it_means():
+    for module in (study, profile):
+        for kind in vars(module).values():
+            if dataclasses.is_dataclass(kind):
+                assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
+                for name, told in explain(kind):
+                    assert len(told) >= 3, f"{kind.__name__}.{name}"
+
+
+def test_no_top_level_key_belongs_to_both_study_and_profile():
+    keys = [{field.name for field in dataclasses.fields(kind)} for kind in (study.Study, profile.Profile)]
+    assert not keys[0] & keys[1], "--set KEY=VALUE could not tell them apart"
+
+
+def test_overrides_and_settings_reach_study_and_profile(tmp_path):
+    files = write(tmp_path, STUDY, PROFILE + "overrides:\n  recipe: {finetune: {batch: 6}}\n")
+    sets = [
+        "recipe.pretrain.batch=32",
+        "data_root=/elsewhere",
+        "tracking.uri=http://here",
+        "axes.updating.full.pretrain.phases=[{until: 1, learning_rates: {llm: 1e-4}}]",
+    ]
+    loaded = load.load(*files, sets=sets)
+    by_name = {arm.name: arm.recipe for arm in loaded.arms}
+    assert (by_name["first"].pretrain.batch, by_name["first"].finetune.batch, by_name["third"].finetune.batch) == (32, 6, 2)
+    assert by_name["third"].pretrain.phases[0].learning_rates == {"llm": 1e-4}
+    assert (loaded.profile.data_root, loaded.profile.tracking.uri) == ("/elsewhere", "http://here")
+    told = {change["key"]: (change["study"], change["here"]) for change in loaded.scaled}
+    assert told["recipe.finetune.batch"] == (4, 6) and told["recipe.pretrain.batch"] == (8, 32)
+
+
+def test_compatibility_fills_what_the_study_leaves_out_and_nothing_else(tmp_path):
+    recipe = load.load(*write(tmp_path)).arms[0].recipe
+    assert (recipe.pretrain.template, recipe.pretrain.fit, recipe.finetune.fit, recipe.finetune.order) == (
+        "plain",
+        "crop",
+        "pad",
+        "modality_grouped",
+    )
+    own = load.load(*write(tmp_path, changed(STUDY, "    batch: 8", "    batch: 8\n    fit: squash"))).arms[0].recipe
+    assert own.pretrain.fit == "squash"
+
+
+def test_which_profile_and_why(tmp_path, monkeypatch):
+    monkeypatch.delenv("FINEGRID_PROFILE", raising=False)
+    path, why = profile.choose(None)
+    assert path.stem == "tiny" and "default" in why
+    monkeypatch.setenv("FINEGRID_PROFILE", str(tmp_path / "mine.yaml"))
+    assert profile.choose(None) == (tmp_path / "mine.yaml", "FINEGRID_PROFILE")
+    assert profile.choose("tiny")[1] == "--profile"

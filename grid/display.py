@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 PLAIN_SECONDS = 30.0
@@ -32,6 +32,11 @@ class Display:
         self._erase()
         print(line, file=self.stream, flush=True)
 
+    def finished(self, plan: dict[str, Any], done: Iterable[str]) -> None:
+        """Arms that were done before this run are not told again."""
+        known = set(done)
+        self.told |= {arm["name"] for arm in [*plan["arms"], *plan.get("references", [])] if set(arm["stages"]) <= known}
+
     def update(self, snapshot: dict[str, Any]) -> None:
         for notice in snapshot["notices"]:
             if notice not in self.told:
@@ -44,7 +49,7 @@ class Display:
                 if arm["state"] == "done":
                     self.say(f"{self._clock()} {self._paint('done', 32)}    {name}  ({self._progress(snapshot)})")
                 else:
-                    self.say(f"{self._clock()} {self._paint('failed', 31)}  {name}: {arm['reason']}")
+                    self.say(f"{self._clock()} {self._paint('failed', 31)}  {name}: {arm['reason'].splitlines()[0]}")
         if self.live:
             self._draw(snapshot)
         elif self.clock() - self.last_plain > PLAIN_SECONDS:

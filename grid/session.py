@@ -44,6 +44,7 @@ class Session:
         (self.out / "plan.json").write_text(dump(self.plan))
         self._copy_study()
         done = self._finished()
+        self.display.finished(self.plan, done)
         self._say_head(done)
         arms = [arm["name"] for arm in [*self.plan["arms"], *self.plan.get("references", [])]]
         previous = {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -214,9 +215,9 @@ class Session:
 
     def _report(self) -> None:
         try:
-            from grid import report
+            from grid.report.write import write
 
-            report.write(self.out)
+            write(self.out)
         except Exception as error:  # the run itself is safe in its files; the report can be written again
             self.display.say(f"the report was not written ({type(error).__name__}: {error}); try: python -m grid.report {self.out}")
         else:

@@ -44,8 +44,11 @@ class Trials:
         return not self.thread.is_alive()
 
     def _run(self) -> None:
+        import logging
+
         from ray import tune
 
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed arm is told once, by the display, not as a traceback here
         try:
             tune.Tuner(
                 tune.with_resources(arm, {"CPU": 0.001}),

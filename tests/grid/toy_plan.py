@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -46,4 +47,5 @@ def shared(arms: int, world: int, **more: Any) -> dict[str, Any]:
 if __name__ == "__main__":
     from grid.run import run
 
+    os.environ["TOY_DRIVER"] = str(os.getpid())  # inherited by the workers: a toy stage may kill its driver
     sys.exit(run(json.loads(Path(sys.argv[1]).read_text()), out=sys.argv[2], fresh=False, command=sys.argv))

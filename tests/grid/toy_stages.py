@@ -69,5 +69,5 @@ def act(what: str | None, spec: dict[str, Any], ctx: Context) -> None:
     if what == "kill" and ctx.rank == ctx.world - 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "kill-driver" and ctx.rank == 0:
-        os.kill(int(spec["driver"]), signal.SIGKILL)
+        os.kill(int(os.environ["TOY_DRIVER"]), signal.SIGKILL)
         time.sleep(60)

@@ -1,6 +1,6 @@
 """Encoding: how rows become the streams that an objective asks for.
 
-In: rows and an `Encoding` (tokenizer, template, image recipe, length, streams). Out: one sample per row, a segment in each stream,
+In: rows and an `Encoding` (tokenizer, template, image recipe, length, streams). Out: a `Record` per row with a segment in each stream,
 images not yet decoded, and `Stats` of what was dropped, cut or left nothing to learn. A stream's kind says what its segments hold;
 a new one (an image followed by a prompt, a caption followed by one) is an entry in `KINDS` and a name in the objective's streams.
 """
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,8 @@ from datasets_ray.errors import UserError, nearest
 from datasets_ray.images import ImageError, ImageLayout, ImageRecipe, image_size, layout, recipe_from_json
 from datasets_ray.packing import Segment
 from datasets_ray.prompts import Piece, Rendered, RowError, get_template, render
-from datasets_ray.rows import IMAGE
-from datasets_ray.tokens import Encoded, encode_many, load_tokenizer, require
+from datasets_ray.rows import IMAGE, open_rows
+from datasets_ray.tokens import encode_many, load_tokenizer, require
 
 Row = Mapping[str, Any]
 
@@ -169,7 +169,47 @@ KINDS: dict[str, Kind] = {
 }
 
 Sample = dict[str, Segment]
-"""One row: a segment in every stream. A segment's images are still the row's `{"bytes", "path"}`."""
+"""One row: a segment in every stream. A segment's images are places (`Place`) still, not pixels."""
+
+
+class Place(NamedTuple):
+    """A row of a finished rows artefact, or one of its images."""
+
+    directory: str
+    row: int
+    image: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one row under an encoding. reason: why there is no sample."""
+
+    id: str
+    sample: Sample | None
+    reason: str = ""
+    truncated: int = 0
+    unlearned: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return 200 + sum(300 + s.ids.nbytes + s.labels.nbytes + s.grids.nbytes for s in (self.sample or {}).values())
+
+
+def tally(records: Sequence[Record]) -> Stats:
+    """The records of a step, counted."""
+    stats = Stats(rows=len(records))
+    for record in records:
+        if record.sample is None:
+            stats.drop(record.reason, record.id)
+            continue
+        stats.samples += 1
+        stats.truncated += record.truncated
+        stats.unlearned += record.unlearned
+        for segment in record.sample.values():
+            stats.tokens += len(segment.ids)
+            stats.learned += segment.valid
+            stats.images += len(segment.images)
+    return stats
 
 
 def layouts(row: Row, root: Path | None, recipe: ImageRecipe | None) -> list[ImageLayout]:
@@ -179,55 +219,55 @@ def layouts(row: Row, root: Path | None, recipe: ImageRecipe | None) -> list[Ima
     return [layout(*image_size(image, root), recipe) for image in row["images"]]  # type: ignore[arg-type]
 
 
-def encode_rows(rows: Sequence[Row], roots: Sequence[Path | None], encoding: Encoding) -> tuple[list[Sample | None], Stats]:
-    """A sample for every row (None: dropped, counted in the stats). roots: where each row's image paths start."""
-    stats = Stats(rows=len(rows))
-    shapes: list[list[ImageLayout] | None] = []
+def encode_rows(rows: Sequence[Row], places: Sequence[Place], encoding: Encoding) -> list[Record]:
+    """A record for every row, tokenised in one batch per stream. places: where the rows lie."""
+    shapes: list[list[ImageLayout]] = []
+    reasons: dict[int, str] = {}
     needs_images = any(KINDS[spec.kind].images for spec in encoding.streams.values())
-    for row, root in zip(rows, roots, strict=True):
+    for at, (row, place) in enumerate(zip(rows, places, strict=True)):
+        shape: list[ImageLayout] = []
         try:
-            shapes.append(layouts(row, root, encoding.image) if needs_images else [])
+            if needs_images:
+                shape = layouts(row, open_rows(place.directory).root, encoding.image)
         except (ImageError, RowError) as error:
-            stats.drop(error.reason, row["id"])
-            shapes.append(None)
-    samples: list[Sample | None] = [None if shape is None else {} for shape in shapes]
+            reasons[at] = error.reason
+        shapes.append(shape)
+    samples: list[Sample] = [{} for _ in rows]
+    truncated, unlearned = np.zeros(len(rows), dtype=int), np.zeros(len(rows), dtype=int)
     for name, spec in encoding.streams.items():
         kind = KINDS[spec.kind]
-        made = _segments(rows, shapes, samples, encoding, spec, kind)
-        for at, segment in made.items():
-            sample = samples[at]
-            assert sample is not None
-            if isinstance(segment, RowError):
-                stats.drop(segment.reason, rows[at]["id"])
-                samples[at] = None
+        for at, made in _encoded(rows, [at for at in range(len(rows)) if at not in reasons], shapes, encoding, spec).items():
+            if isinstance(made, RowError):
+                reasons[at] = made.reason
                 continue
-            sample[name], truncated = segment
-            stats.truncated += truncated
-            stats.unlearned += kind.learns and not sample[name].valid
-    for sample in samples:
-        if sample is not None:
-            stats.samples += 1
-            stats.tokens += sum(len(segment.ids) for segment in sample.values())
-            stats.learned += sum(segment.valid for segment in sample.values())
-            stats.images += sum(len(segment.images) for segment in sample.values())
-    return samples, stats
+            ids, labels, cut = made
+            shape = shapes[at] if kind.images else []
+            images = tuple(places[at]._replace(image=number) for number in range(len(shape)))
+            cost = len(ids) or sum(one.grid_h * one.grid_w for one in shape)
+            samples[at][name] = Segment(ids, labels, images, _grids(shape), cost)
+            truncated[at] += cut
+            unlearned[at] += kind.learns and not samples[at][name].valid
+    return [
+        Record(row["id"], None, reasons[at])
+        if at in reasons
+        else Record(row["id"], samples[at], truncated=int(truncated[at]), unlearned=int(unlearned[at]))
+        for at, row in enumerate(rows)
+    ]
 
 
-def _segments(
-    rows: Sequence[Row], shapes: Sequence[list[ImageLayout] | None], samples: Sequence[Sample | None],
-    encoding: Encoding, spec: StreamSpec, kind: Kind,
-) -> dict[int, tuple[Segment, bool] | RowError]:  # fmt: skip
-    """Row number → its segment in one stream and whether it was cut, or why there is none."""
-    made: dict[int, tuple[Segment, bool] | RowError] = {}
-    kept = [at for at, sample in enumerate(samples) if sample is not None]
+Cut = tuple[np.ndarray, np.ndarray, bool]
+"""ids, labels int64[T], and whether they were cut at max_tokens."""
+
+
+def _encoded(
+    rows: Sequence[Row], kept: Sequence[int], shapes: Sequence[list[ImageLayout]], encoding: Encoding, spec: StreamSpec
+) -> dict[int, Cut | RowError]:
+    """Row number → its text in one stream, or why there is none."""
+    kind = KINDS[spec.kind]
+    made: dict[int, Cut | RowError] = {}
     if kind.render is None:
-        for at in kept:
-            shape = shapes[at] or []
-            empty = np.zeros(0, dtype=np.int64)
-            cost = sum(one.grid_h * one.grid_w for one in shape)
-            segment = Segment(empty, empty, tuple(rows[at]["images"]), _grids(shape), cost)
-            made[at] = (segment, False) if shape else RowError("no image")
-        return made
+        nothing = np.zeros(0, dtype=np.int64)
+        return {at: (nothing, nothing, False) if shapes[at] else RowError("no image") for at in kept}
     tokenizer = load_tokenizer(encoding.tokenizer or "", encoding.revision)
     rendered: dict[int, Rendered] = {}
     for at in kept:
@@ -235,20 +275,11 @@ def _segments(
             rendered[at] = kind.render(rows[at], encoding, spec, tokenizer)
         except RowError as error:
             made[at] = error
-    counts = [[one.tokens for one in shapes[at] or []] if kind.images else [] for at in rendered]
+    counts = [[one.tokens for one in shapes[at]] if kind.images else [] for at in rendered]
     results = encode_many(list(rendered.values()), tokenizer, counts, encoding.max_tokens, keep_end=kind.keep_end)
     for at, result in zip(rendered, results, strict=True):
-        if isinstance(result, Encoded):
-            made[at] = segment_of(result, rows[at] if kind.images else None, shapes[at]), result.truncated
-        else:
-            made[at] = result
-    return dict(sorted(made.items()))
-
-
-def segment_of(encoded: Encoded, row: Row | None, shape: Sequence[ImageLayout] | None) -> Segment:
-    """An encoded prompt with the images of its row (None: the stream has no images)."""
-    images, grids = (tuple(row["images"]), _grids(shape or [])) if row is not None else ((), _grids([]))
-    return Segment(encoded.ids, encoded.labels, images, grids, len(encoded.ids))
+        made[at] = result if isinstance(result, RowError) else (result.ids, result.labels, result.truncated)
+    return made
 
 
 def _grids(shape: Sequence[ImageLayout]) -> np.ndarray:

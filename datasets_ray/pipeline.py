@@ -1,9 +1,9 @@
 """Pipelines: rows in, micro-batches out, made ahead of their use.
 
-In: rows artefacts, an `Encoding`, and which rows make up which step. Out: a `Stream` that yields in order: lists of `Batch` (training),
-`QuestionBatch` (predicting) or `ImageBatch` (embedding). Where Ray runs, the work is a Ray Data pipeline (a task per few steps on a
-quarter of a core, order preserved); elsewhere the same functions run in a loop, with the same results. A stream starts working when
-it is made, so make it before you build the model. Every step is a pure function of its row numbers, so a stream starts at any step.
+In: rows artefacts, an `Encoding`, and which rows make up which step. Out: a `Stream` that yields in order: lists of `Batch` (training)
+or `ImageBatch` (embedding). Where Ray runs, the work is a Ray Data pipeline (a task per few steps on a quarter of a core, order
+preserved); elsewhere the same functions run in a loop, with the same results. A stream starts working when it is made, so make it
+before you build the model. Every step is a pure function of its row numbers, so a stream starts at any step.
 
     with train_batches(dirs, encoding, index, start_step, rank, world, micro_tokens) as stream:
         for micro_batches in stream: ...
@@ -14,21 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from datasets_ray.encoding import Encoding, Row, Sample, Stats, encode_rows, layouts, segment_of
+from datasets_ray.encoding import Encoding, Place, Record, Stats, encode_rows, tally
 from datasets_ray.errors import UserError
 from datasets_ray.images import ImageError, ImageRecipe, pixels
+from datasets_ray.kept import Kept
 from datasets_ray.order import StepIndex, modality_lengths, steps_of
-from datasets_ray.packing import Batch, Pack, Segment, assign, pack
-from datasets_ray.prompts import Rendered, RowError, generation_prompt
-from datasets_ray.rows import RowTable, open_rows
+from datasets_ray.packing import Batch, Segment, assign, pack
+from datasets_ray.prompts import RowError
+from datasets_ray.rows import open_rows
 from datasets_ray.streaming import Stream
-from datasets_ray.tokens import encode, load_tokenizer
+
+RECORDS: Kept[Record] = Kept(48 << 20)
+"""Tokenised rows of this process, by place and encoding."""
+PIXELS: Kept[np.ndarray] = Kept(96 << 20)
+"""Fitted images of this process, by place and recipe: a miniature's whole training set, a drop of a large one."""
 
 
 class Tables:
@@ -41,17 +46,15 @@ class Tables:
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
-    def take(self, numbers: Sequence[int] | np.ndarray) -> tuple[list[dict[str, Any]], list[Path | None]]:
-        """Rows at these numbers, in this order, and each one's image root."""
-        rows: list[dict[str, Any]] = []
-        roots: list[Path | None] = []
-        for number in numbers:
-            which = int(np.searchsorted(self.ends, number, side="right"))
-            table: RowTable = self.tables[which]
-            start = int(self.ends[which - 1]) if which else 0
-            rows.append(table[int(number) - start])
-            roots.append(table.root)
-        return rows, roots
+    def places(self, numbers: Sequence[int] | np.ndarray) -> list[Place]:
+        """Where the rows with these numbers lie."""
+        which = np.searchsorted(self.ends, numbers, side="right")
+        starts = np.concatenate([[0], self.ends])[which]
+        return [Place(str(self.tables[t].directory), int(number - start)) for t, number, start in zip(which, numbers, starts)]
+
+
+def read(place: Place) -> dict[str, Any]:
+    return open_rows(place.directory)[place.row]
 
 
 @lru_cache(maxsize=32)
@@ -86,36 +89,59 @@ class TrainTask:
     world: int
     micro_tokens: int
 
+    @cached_property
+    def _key(self) -> str:
+        """What a record depends on besides its row."""
+        return repr(self.encoding)
+
     def __call__(self, numbers: np.ndarray) -> tuple[list[Batch], Stats]:
-        rows, roots = _tables(self.directories).take(numbers)
-        samples, stats = encode_rows(rows, roots, self.encoding)
-        kept = [at for at, sample in enumerate(samples) if sample is not None]
-        alive: list[Sample] = [sample for sample in samples if sample is not None]
-        costs = [sum(segment.cost for segment in sample.values()) for sample in alive]
+        places = _tables(self.directories).places(numbers)
+        records = self._records(places)
+        stats = tally(records)
+        kept = [(at, record.id, record.sample) for at, record in enumerate(records) if record.sample is not None]
+        costs = [sum(segment.cost for segment in sample.values()) for _, _, sample in kept]
         ranks = assign(costs, self.micro_tokens, self.world)
         stats.micro_batches = sum(len(bins) for bins in ranks)
         stats.empty = sum(not members for bins in ranks for members in bins)
-        valid = {name: sum(sample[name].valid for sample in alive) for name in self.encoding.streams}
+        valid = {name: sum(sample[name].valid for _, _, sample in kept) for name in self.encoding.streams}
         batches = []
         for members in ranks[self.rank]:
-            numbered = [(kept[m], rows[kept[m]]["id"], roots[kept[m]], alive[m]) for m in members]
+            mine = [kept[m] for m in members]
             streams = {}
             for name in self.encoding.streams:
-                segments = [self._decoded(sample[name], root, id) for _, id, root, sample in numbered]
-                streams[name] = pack(segments, [at for at, *_ in numbered], _shape(self.encoding.image))
-            batches.append(Batch(streams, samples=len(alive), valid_tokens=sum(valid.values()), valid=valid))
+                segments = [self._decoded(sample[name], id) for _, id, sample in mine]
+                streams[name] = pack(segments, [at for at, *_ in mine], _shape(self.encoding.image))
+            batches.append(Batch(streams, samples=len(kept), valid_tokens=sum(valid.values()), valid=valid))
         return batches, stats
 
-    def _decoded(self, segment: Segment, root: Path | None, id: str) -> Segment:
+    def _records(self, places: Sequence[Place]) -> list[Record]:
+        found = {place: RECORDS.get((place, self._key)) for place in places}
+        missing = [place for place, record in found.items() if record is None]
+        for place, made in zip(missing, encode_rows([read(place) for place in missing], missing, self.encoding)):
+            RECORDS.put((place, self._key), made, made.nbytes)
+            found[place] = made
+        return [record for place in places if (record := found[place]) is not None]
+
+    def _decoded(self, segment: Segment, id: str) -> Segment:
         if not segment.images:
             return segment
         assert self.encoding.image is not None
         try:
-            return replace(segment, images=tuple(pixels(image, self.encoding.image, root) for image in segment.images))  # type: ignore[arg-type]
+            return replace(segment, images=tuple(_pixels(place, self.encoding.image) for place in segment.images))  # type: ignore[arg-type]
         except ImageError as error:
             # its header was sound, so other ranks count on this sample: it can't be dropped any more
             hint = "build the dataset stage again; sources drop and count what doesn't decode"
             raise UserError(f"the image of row {id!r} can't be decoded", why=str(error), hint=hint) from error
+
+
+def _pixels(place: Place, recipe: ImageRecipe) -> np.ndarray:
+    """uint8[H, W, 3] of an image, fitted once per process."""
+    made = PIXELS.get((place, recipe))
+    if made is None:
+        table = open_rows(place.directory)
+        made = pixels(table.table.column("images")[place.row].as_py()[place.image], recipe, table.root)
+        PIXELS.put((place, recipe), made, made.nbytes + 200)
+    return made
 
 
 def train_batches(
@@ -130,72 +156,10 @@ def train_batches(
     return Stream(task, [index[step] for step in range(start_step, len(index))], name=name)
 
 
-@dataclass
-class QuestionBatch:
-    """Questions ready for a model: rows (without images), their prompts and one pack with a segment each (`pack.sample`: place in `rows`).
-
-    dropped: (row, reason) of questions that can't be asked; they aren't in the pack and count as invalid answers.
-    """
-
-    rows: list[dict[str, Any]]
-    prompts: list[str]
-    pack: Pack
-    dropped: list[tuple[dict[str, Any], str]]
-
-
-@dataclass(frozen=True)
-class QuestionTask:
-    directory: str
-    encoding: Encoding
-    suffix: str
-
-    def __call__(self, numbers: np.ndarray) -> tuple[QuestionBatch, Stats]:
-        rows, roots = _tables((self.directory,)).take(numbers)
-        stats = Stats(rows=len(rows))
-        asked: list[dict[str, Any]] = []
-        prompts: list[Rendered] = []
-        segments: list[Segment] = []
-        dropped: list[tuple[dict[str, Any], str]] = []
-        for row, root in zip(rows, roots, strict=True):
-            bare = {key: value for key, value in row.items() if key not in {"images", "messages"}}
-            try:
-                prompt, segment = self._segment(row, root)
-            except (RowError, ImageError) as error:
-                stats.drop(error.reason, row["id"])
-                dropped.append((bare, error.reason))
-                continue
-            asked.append(bare)
-            prompts.append(prompt)
-            segments.append(segment)
-        stats.samples, stats.tokens = len(asked), sum(len(s.ids) for s in segments)
-        stats.images = sum(len(s.images) for s in segments)
-        packed = pack(segments, range(len(asked)), _shape(self.encoding.image))
-        return QuestionBatch(asked, [prompt.text for prompt in prompts], packed, dropped), stats
-
-    def _segment(self, row: Row, root: Path | None) -> tuple[Rendered, Segment]:
-        encoding = self.encoding
-        tokenizer = load_tokenizer(encoding.tokenizer or "", encoding.revision)
-        shape = layouts(row, root, encoding.image)
-        prompt = generation_prompt(row, encoding.template, self.suffix, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
-        encoded = encode(prompt, tokenizer, [one.tokens for one in shape], encoding.max_tokens)
-        if encoded.truncated:
-            raise RowError("a prompt longer than max_tokens")
-        segment = segment_of(encoded, row, shape)
-        images = tuple(pixels(image, encoding.image, root) for image in row["images"])  # type: ignore[arg-type]
-        return prompt, replace(segment, images=images)
-
-
 def _runs(directory: str, batch: int, rank: int, world: int) -> list[np.ndarray]:
     """Row numbers of an artefact in order, `batch` at a time, every world-th run for this rank."""
     rows = len(_tables((directory,)))
     return [np.arange(start, min(start + batch, rows)) for start in range(0, rows, batch)][rank::world]
-
-
-def question_batches(
-    directory: str | Path, encoding: Encoding, suffix: str, batch: int, *, rank: int = 0, world: int = 1, name: str = "questions"
-) -> Stream[QuestionBatch]:  # fmt: skip
-    """The rows' questions in row order, `batch` at a time, as prompts that end where the answer begins; no padding."""
-    return Stream(QuestionTask(str(directory), encoding, suffix), _runs(str(directory), batch, rank, world), name=name)
 
 
 @dataclass
@@ -215,16 +179,17 @@ class ImageTask:
     recipe: ImageRecipe
 
     def __call__(self, numbers: np.ndarray) -> tuple[ImageBatch, Stats]:
-        rows, roots = _tables((self.directory,)).take(numbers)
+        table = open_rows(self.directory)
+        rows = table.take(numbers.tolist())
         stats = Stats(rows=len(rows))
         segments: list[Segment] = []
         kept: list[int] = []
         empty = np.zeros(0, dtype=np.int64)
-        for at, (row, root) in enumerate(zip(rows, roots, strict=True)):
+        for at, row in enumerate(rows):
             try:
                 if not row["images"]:
                     raise RowError("no image")
-                image = pixels(row["images"][0], self.recipe, root)
+                image = pixels(row["images"][0], self.recipe, table.root)
             except (RowError, ImageError) as error:
                 stats.drop(error.reason, row["id"])
                 continue

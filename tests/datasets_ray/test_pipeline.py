@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets_ray import pipeline
 from datasets_ray.encoding import Encoding, Stats
 from datasets_ray.errors import UserError
+from datasets_ray.kept import Kept
 from datasets_ray.packing import Batch, Pack
-from datasets_ray.pipeline import image_batches, index_of, question_batches, train_batches
-from datasets_ray.prompts import SUFFIX
+from datasets_ray.pipeline import image_batches, index_of, train_batches
 from datasets_ray.rows import row, write_rows
 from datasets_ray.tokens import IGNORE, IMAGE_ID
 
@@ -202,28 +203,39 @@ def questions(directory, count: int = 11) -> None:
     write_rows(rows, directory)
 
 
-def test_questions_come_in_order_and_the_unaskable_are_named(tmp_path):
-    questions(tmp_path)
-    stream = question_batches(tmp_path, vlm(), SUFFIX, 5)
-    batches = list(stream)
-    assert [one["id"] for b in batches for one in b.rows] == [f"q{i}" for i in range(11)]
-    assert [(one["id"], reason) for b in batches for one, reason in b.dropped] == [("broken", "image unreadable")]
-    assert stream.stats.dropped == {"image unreadable": 1}
-    for batch in batches:
-        assert len(batch.prompts) == len(batch.rows) == len(batch.pack.lengths) == len(batch.pack.images)
-        assert all(prompt.endswith("directly. ASSISTANT:") for prompt in batch.prompts)
-        assert (batch.pack.labels == IGNORE).all()
-    halves = [list(question_batches(tmp_path, vlm(), SUFFIX, 5, rank=rank, world=2)) for rank in range(2)]
-    assert sorted(one["id"] for half in halves for b in half for one in b.rows) == sorted(f"q{i}" for i in range(11))
-
-
 def test_images_for_embedding(tmp_path):
     questions(tmp_path)
     stream = image_batches(tmp_path, vlm().image, 5)
     batches = list(stream)
+    halves = [list(image_batches(tmp_path, vlm().image, 5, rank=rank, world=2)) for rank in range(2)]
+    assert sorted(n for half in halves for b in half for n in b.numbers.tolist()) == [0, 1, 2, 3, *range(5, 12)]
     assert [n for b in batches for n in b.numbers.tolist()] == [0, 1, 2, 3, *range(5, 12)]
     assert all(b.images.shape == (len(b.ids), 16, 16, 3) for b in batches)
     assert stream.stats.dropped == {"image unreadable": 1}
+
+
+def test_what_is_remembered_is_what_would_be_made(directories, monkeypatch):
+    index = index_of(directories, 8, epochs=2, seed=4)
+    pipeline.RECORDS, pipeline.PIXELS = Kept(1 << 30), Kept(1 << 30)
+    warm = [collect(directories, vlm(), index)[0] for _ in range(2)][1]
+    other = collect(directories, vlm(template="llama_2"), index)[0]
+    assert pipeline.RECORDS.nbytes > 0
+    assert pipeline.PIXELS.nbytes > 0
+    monkeypatch.setattr(pipeline, "RECORDS", Kept(0))
+    monkeypatch.setattr(pipeline, "PIXELS", Kept(0))
+    assert same_steps(warm, collect(directories, vlm(), index)[0])
+    assert same_steps(other, collect(directories, vlm(template="llama_2"), index)[0])
+
+
+def test_memory_is_bounded():
+    kept: Kept[int] = Kept(10)
+    for key in range(5):
+        kept.put(key, key, 4)
+        kept.get(0)
+    assert kept.nbytes == 8
+    assert [key for key in range(5) if kept.get(key) is not None] == [0, 4]
+    kept.put("large", 1, 11)
+    assert kept.get("large") is None
 
 
 def test_a_stream_can_be_left_early(directories):
@@ -245,18 +257,17 @@ def test_ray_data_gives_what_the_plain_loop_gives(directories, tmp_path, request
         for start, rank, world in [(0, 0, 1), (7, 1, 2)]
     }
     questions(tmp_path)
-    asked = list(question_batches(tmp_path, vlm(), SUFFIX, 5))
+    pictures = list(image_batches(tmp_path, vlm().image, 5))
     write_rows([row("torn", images=[picture(4, cut=200)], messages=chats(2)[1]["messages"])], tmp_path / "torn")
     request.getfixturevalue("ray_running")
     for (start, rank, world), (steps, stats) in plain.items():
         streamed, counted = collect(directories, vlm(NATIVE), index, start, rank, world, 300)
         assert same_steps(streamed, steps)
         assert counted == stats
-    with question_batches(tmp_path, vlm(), SUFFIX, 5) as stream:
+    with image_batches(tmp_path, vlm().image, 5) as stream:
         again = list(stream)
-    assert [b.rows for b in again] == [b.rows for b in asked]
-    assert [b.dropped for b in again] == [b.dropped for b in asked]
-    assert all(np.array_equal(a.pack.images, b.pack.images) and np.array_equal(a.pack.ids, b.pack.ids) for a, b in zip(again, asked))
+    assert [b.ids for b in again] == [b.ids for b in pictures]
+    assert all(np.array_equal(a.images, b.images) for a, b in zip(again, pictures))
     with pytest.raises(UserError, match="torn"):  # as itself, not wrapped by Ray
         collect([tmp_path / "torn"], vlm(), index_of([tmp_path / "torn"], 1, epochs=1))
     early = train_batches(directories, vlm(NATIVE), index)

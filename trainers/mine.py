@@ -201,6 +201,8 @@ def mine(options: argparse.Namespace) -> dict[str, Any]:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     spec, image, inputs = resolve(options.model, options.weights, options.revision)
+    if options.recipe:
+        image = json.loads(options.recipe if options.recipe.lstrip().startswith("{") else Path(options.recipe).read_text())
     ctx = Context({"id": "mine", "spec": {}}, out, out / "work", lambda name: inputs[name], device=options.device)
     model = load_model(spec, image, options.precision, ctx)
     refuse(options.arm_encoder, spec, model, ctx)
@@ -237,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where.add_argument("--images", help="a folder of folders: <label>/<image>")
     parser.add_argument("--labels", help="class names, a line each or a JSON list (default: the rows' own)")
     parser.add_argument("--template", default="a photo of a {}", help="what is said of a class (FOCI: 'an image of a {}')")
+    parser.add_argument("--recipe", help="ImageRecipe as JSON or a file (default: open_clip's evaluation transform in the model's size)")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--cache", help="where embeddings are kept (default: OUT/embeddings)")
     parser.add_argument("--arm-encoder", action="append", default=[], help="NAME:WEIGHTS or directory of an encoder under test; repeatable")

@@ -91,9 +91,8 @@ def test_templates_are_averaged_and_long_ones_counted(world: dict[str, Any], tmp
         similarities.filled("a photo", ["x"])
 
 
-def test_the_command_equals_the_stages(world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mine, "_recipe", lambda *_: kit.IMAGE)
-    manifest = mined(world, tmp_path / "m")
+def test_the_command_equals_the_stages(world: dict[str, Any], tmp_path: Path) -> None:
+    manifest = mined(world, tmp_path / "m", "--recipe", json.dumps(kit.IMAGE))
     from_stages, made = read_similarities(stages(world, tmp_path / "s"))
     np.testing.assert_array_equal(read_similarities(tmp_path / "m")[0], from_stages)
     assert {k: manifest[k] for k in ("ids", "classes", "template")} == {k: made[k] for k in ("ids", "classes", "template")}

@@ -1,0 +1,53 @@
+"""`python -m trainers.evaluate`: the stages' own numbers for a finished model, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from datasets_ray.errors import UserError
+from tests.trainers import evaluation_kit as kit
+from trainers import evaluate, predict, score
+from trainers.context import Context
+
+
+def test_the_command_is_predict_and_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "store"
+    model = kit.talkative(store / "talkative")
+    asked = kit.questions(tmp_path / "colours", 30)
+    spec = {
+        "model": model, "questions": "asked", "image": kit.IMAGE, "suffix": kit.SUFFIX, "method": "generate", "max_new_tokens": 4,
+        "precision": "fp32",
+    }  # fmt: skip
+    ctx = Context.local(tmp_path / "stage", {"id": "p", "spec": spec}, {"asked": asked, "talkative": store / "talkative"})
+    predict.run(spec, ctx)
+    wanted = score.score(parquet.read_table(ctx.out / "predictions.parquet"), "vlmevalkit", "mean_per_class")[1]
+
+    # the same model, its llm in an artefact of its own that passes the other parts on
+    tuned = store / "tuned"
+    tuned.mkdir()
+    (store / "talkative" / "llm.safetensors").rename(tuned / "llm.safetensors")
+    model["parts"]["llm"]["weights"] = {"stage": "tuned"}
+    (tuned / "model.json").write_text(json.dumps(model))
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(kit.IMAGE))
+    arguments = [str(tuned), "--questions", str(asked), "--out", str(tmp_path / "out"), "--recipe", str(recipe), "--max-new-tokens", "4"]
+    assert evaluate.main([*arguments, "--metric", "mean_per_class"]) == 0
+    assert "colours: " in capsys.readouterr().out
+    scores = json.loads((tmp_path / "out" / "colours" / "out" / "scores.json").read_text())
+    assert {k: v for k, v in scores.items() if k != "dropped"} == wanted
+    assert parquet.read_table(tmp_path / "out" / "colours" / "out" / "scored.parquet").num_rows == 30
+
+    with pytest.raises(UserError, match="same directory name"):
+        evaluate.main([*arguments, "--questions", str(asked)])
+    (store / "talkative").rename(store / "elsewhere")
+    with pytest.raises(UserError, match="isn't beside"):
+        evaluate.main(arguments)
+    with pytest.raises(UserError, match="model.json is missing"):
+        evaluate.main([str(tmp_path), *arguments[1:]])
+    kit.clip_part(tmp_path / "clip")
+    with pytest.raises(UserError, match="answers no questions"):
+        evaluate.main([str(tmp_path / "clip"), *arguments[1:]])

@@ -56,7 +56,7 @@ def foci_json(questions: Iterable[FociQuestion]) -> dict[str, list[dict[str, obj
     """FOCI's object: labels in order of first appearance, a label's questions in order."""
     data: dict[str, list[dict[str, object]]] = {}
     for question in questions:
-        entry = {"image": question.image, "options": list(question.options), "groundtruth": question.label}
+        entry: dict[str, object] = {"image": question.image, "options": list(question.options), "groundtruth": question.label}
         data.setdefault(question.label, []).append(entry)
     return data
 

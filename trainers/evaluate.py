@@ -31,7 +31,7 @@ def read_model(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
         raise UserError(f"{directory} is no trained model", why="model.json is missing", hint="the artefact directory of a train stage")
     spec = json.loads((directory / "model.json").read_text())
     if spec["family"] not in FAMILIES:
-        raise UserError(f"a model of family {spec['family']!r} answers no questions", hint="for a contrastive model: python -m trainers.mine")
+        raise UserError(f"a model of family {spec['family']!r} answers no questions", hint="python -m trainers.mine compares")
     inputs: dict[str, Path] = {}
     for name, part in spec["parts"].items():
         stage = part["weights"].get("stage")

@@ -172,7 +172,7 @@ class Answerer:
     def _text(self, tokens: tuple[int, ...]) -> str:
         """Answers are mostly the same few letters: each is decoded once. White space around them is the template's, as in LLaVA."""
         if tokens not in self._texts:
-            self._texts[tokens] = self.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+            self._texts[tokens] = str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
         return self._texts[tokens]
 
     def _decoded(self, batches: list[list[int]]) -> Iterator[tuple[list[int], list[list[np.ndarray] | ImageError]]]:

@@ -55,7 +55,7 @@ CLASSES: dict[str, str] = {
         structure="compatibility recipe templates axes base arms references mining evaluation benchmarks controls",
         runtime="study question published paper_cost groups contrasts assumptions",
     ),
-    **_table("Recipe", identity="encoder llm model connector init seed", structure="pretrain finetune"),
+    **_table("Recipe", identity="encoder llm model init seed", structure="connector pretrain finetune"),
     **_table("Connector", identity="builder depth"),
     **_table(
         "Training",

@@ -74,6 +74,7 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     expanded = expand(typed_study, tree.value["recipe"], reader) if validate.check_axes(typed_study, reader) else []
     validate.check_study(typed_study, typed_profile, expanded, own, reader, complete=len(reader.errors) == wrong)
     expanded = _stand_ins(expanded, typed_study, typed_profile, tree, reader)
+    validate.check_connectors(typed_profile, expanded, reader)
     if published and not published.is_file():
         reader.error(
             f"published: no file {typed_study.published!r}", why="it is looked for beside the study", where=reader.marks["published"]

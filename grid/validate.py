@@ -98,7 +98,8 @@ def _arms(study: Study, profile: Profile, arms: list[Arm], reader: Reader) -> No
         if arm.released is None:
             if recipe.model is not None:
                 if first("model", recipe.model):
-                    known(recipe.model, profile.models, "model of the profile", f"arm {arm.name}: model", reader, where)
+                    own = [name for name, model in profile.models.items() if model.stand_in is None]
+                    known(recipe.model, own, "model of the profile", f"arm {arm.name}: model", reader, where)
             else:
                 if first("encoder", recipe.encoder):
                     known(recipe.encoder, profile.encoders, "encoder of the profile", f"arm {arm.name}: encoder", reader, where)
@@ -127,6 +128,24 @@ def _templates(llm: str, study: Study, profile: Profile, reader: Reader, arm: Ar
             what = f"arm {arm.name}: no conversation template for {name!r}"
             reader.error(what, why="each language model has its own", hint=hint, where=reader.marks.get("templates", arm.where))
         name = profile.llms[name].initial
+
+
+def check_connectors(profile: Profile, arms: list[Arm], reader: Reader) -> None:
+    """A connector out of a stand-in's pretraining: the stand-in is a reference of this study and pretrains a connector itself."""
+    told = set()
+    for arm in arms:
+        bridge = profile.connectors.get(arm.recipe.init)
+        if bridge is None or bridge.of is None or arm.recipe.init in told:
+            continue
+        told.add(arm.recipe.init)
+        what = f"arm {arm.name}: init {arm.recipe.init!r} comes from the pretraining of model {bridge.of!r}"
+        origin = next((other for other in arms if other.released == bridge.of), None)
+        if origin is None:
+            reader.error(
+                what, why="which no reference of this study names", hint=f"add it to `references`: released: {bridge.of}", where=arm.where
+            )
+        elif origin.recipe.init != "fresh" or origin.recipe.model is not None or "none" in origin.recipe.pretrain.data:
+            reader.error(what, why=f"which reference {origin.name!r} doesn't have", where=origin.where)
 
 
 def _benchmarks(study: Study, profile: Profile, arms: list[Arm], reader: Reader) -> None:

@@ -89,6 +89,12 @@ encoders:
       - {{data: words, phases: [{{until: 1, learning_rates: {{llm: 1e-3}}}}], steps: 2, batch: 8}}
 models:
   rival: {{stand_in: {{seed: 9}}}}
+  elder:
+    family: qwen2_vl
+    checkpoint: nowhere/elder
+    revision: abc
+    template: chatml
+    image: {{kind: native, patch: 8, merge: 2, min_pixels: 64, max_pixels: 4096}}
 connectors:
   rivals-connector: {{of: rival}}
 data:

@@ -24,6 +24,7 @@ from trainers.stages import KINDS
 from trainers.store import Damaged, Store
 
 POLL_SECONDS = 0.5
+START_ATTEMPTS = 4
 
 
 class Session:
@@ -120,7 +121,15 @@ class Session:
         if not self.settings.cluster():
             more |= {"num_cpus": self.settings.ray_cpus(), "object_store_memory": self.settings.object_store_mb << 20}
             more |= {"include_dashboard": self.settings.dashboard, "dashboard_host": "127.0.0.1"}
-        context = ray.init(**more)
+        for attempt in range(START_ATTEMPTS):
+            try:
+                context = ray.init(**more)
+                break
+            except Exception as error:  # Ray waits 30 s for its own processes; a busy machine may need longer
+                if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+                    raise
+                self.display.say("Ray did not start within its 30 s (the machine is busy); trying again")
+                ray.shutdown()
         self.meter.word = str(context.address_info.get("session_dir", "")).rpartition("/")[2]
         if context.dashboard_url:
             self.display.say(f"Ray dashboard: http://{context.dashboard_url}  (token: `ray get-auth-token`)")

@@ -84,6 +84,10 @@ class Settings:
             "DS_ACCELERATOR": self.device,
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
             "RAY_TRAIN_METRICS_ENABLED": "0",
+            # a machine busy with other things starts slowly: that is no reason to give up
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+            "RAY_worker_register_timeout_seconds": "600",
+            "RAY_health_check_failure_threshold": "20",
             "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1" if self.cluster() else "0",
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

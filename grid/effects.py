@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -160,50 +161,43 @@ def compute(results: Results, seed: int = 0, resamples: int = stats.RESAMPLES) -
             for effect in effects:
                 table = getattr(effect, kind)
                 if effect.contrast.name in adjusted:
-                    old = table[name]
-                    table[name] = Estimate(old.mean, old.low, old.high, old.p, adjusted[effect.contrast.name], old.pairs, old.questions)
+                    table[name] = replace(table[name], p_holm=adjusted[effect.contrast.name])
     return effects
 
 
 def _effect(results: Results, contrast: Contrast, seed: int, resamples: int) -> Effect:
     pairs = matched_pairs(results.arms, contrast)
-    notes = []
-    if not pairs:
-        notes.append("no matched pair of arms in this run")
-    differences = {name: _difference(pairs, name, notes) for name in results.benchmarks} if pairs else {}
-    benchmarks = {name: _estimate(results, pairs, name, (name,), differences, seed, resamples) for name in results.benchmarks}
-    groups = {name: _estimate(results, pairs, name, members, differences, seed, resamples) for name, members in results.groups.items()}
-    for name, estimate in groups.items():
-        if pairs and estimate.pairs < len(pairs):
-            notes.append(f"{name}: {estimate.pairs} of {len(pairs)} pairs have both values")
+    notes = [] if pairs else ["no matched pair of arms in this run"]
+    estimate = partial(_estimate, results, pairs, seed=seed, resamples=resamples, notes=notes)
+    benchmarks = {name: estimate(name, (name,)) for name in results.benchmarks}
+    groups = {name: estimate(name, members) for name, members in results.groups.items()}
+    short = {name: found.pairs for name, found in groups.items() if found.pairs < len(pairs)}
+    if short:
+        notes.append("; ".join(f"{name}: {count} of {len(pairs)} pairs have both values" for name, count in short.items()))
     return Effect(contrast, tuple(pairs), groups, benchmarks, tuple(dict.fromkeys(notes)))
 
 
 def _estimate(
-    results: Results,
-    pairs: Sequence[tuple[Arm, Arm]],
-    name: str,
-    members: tuple[str, ...],
-    differences: Mapping[str, stats.Sample | None],
-    seed: int,
-    resamples: int,
+    results: Results, pairs: Sequence[tuple[Arm, Arm]], name: str, members: tuple[str, ...], seed: int, resamples: int, notes: list[str]
 ) -> Estimate:
-    gaps = []
+    """The effect on a benchmark or a group of them (`members`), over the pairs that have it on both sides."""
+    used, gaps = [], []
     for start, goal in pairs:
         before, after = start.value(name, results.groups), goal.value(name, results.groups)
         if before is not None and after is not None:
+            used.append((start, goal))
             gaps.append(after - before)
     if not gaps:
         return Estimate(None)
     mean = float(np.mean(gaps))
-    drawn = [differences.get(member) for member in members]
-    if len(gaps) < len(pairs) or any(one is None for one in drawn):
-        return Estimate(mean, pairs=len(gaps))
+    drawn = [_difference(used, member, notes) for member in members]
     samples = [one for one in drawn if one is not None]
+    if len(samples) < len(drawn):
+        return Estimate(mean, pairs=len(gaps))
     fixed = zlib.crc32(f"{seed}:{name}".encode())
     interval = stats.bootstrap(samples, fixed, resamples=resamples).scaled(100.0)
     p = stats.sign_flip_test(samples, fixed)
-    shift = mean - interval.mean
+    shift = mean - interval.mean  # not zero only where some questions are not shared by all arms
     return Estimate(mean, interval.low + shift, interval.high + shift, p, None, len(gaps), sum(one.values.size for one in samples))
 
 

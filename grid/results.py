@@ -95,8 +95,11 @@ class Arm:
     def reason(self, name: str, groups: dict[str, tuple[str, ...]]) -> str:
         """Why `value` is None."""
         if name in groups:
-            absent = [b for b in groups[name] if b not in self.scores]
-            return "; ".join(f"{b}: {self.missing.get(b, 'not run')}" for b in absent) or "no benchmarks in this group"
+            why: dict[str, list[str]] = {}
+            for benchmark in groups[name]:
+                if benchmark not in self.scores:
+                    why.setdefault(self.missing.get(benchmark, "not run"), []).append(benchmark)
+            return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items()) or "no benchmarks in this group"
         return self.missing.get(name, "not run")
 
 

@@ -224,7 +224,7 @@ class Session:
 
     def _report(self) -> None:
         try:
-            from grid.report.write import write
+            from grid.report import write
 
             write(self.out)
         except Exception as error:  # the run itself is safe in its files; the report can be written again

@@ -16,7 +16,7 @@ from pathlib import Path
 
 def write(out_dir: str | Path) -> None:
     """Writes `<out_dir>/report/` in every format. Raises UserError where there is nothing to report on."""
-    from grid.report.write import write as write_all
+    from grid.report.files import write as write_all
 
     write_all(Path(out_dir))
 

@@ -15,7 +15,7 @@ from grid import stats
 from grid.effects import METHOD, Effect, Estimate, compute
 from grid.report import evidence, provenance
 from grid.report.table import Table, plain, span
-from grid.report.tables import average_interval, effects_table, marks_of, paper_tables, printed_effects, steps_table, title_of
+from grid.report.tables import average_interval, effects_table, is_clear, marks_of, paper_tables, printed_effects, steps_table, title_of
 from grid.results import Results
 
 
@@ -59,11 +59,11 @@ def headline(results: Results, effects: Sequence[Effect]) -> list[str]:
             ends = f"from {plain(low)} ({worst.name}) to {plain(top)} ({best.name})"
             lines.append(f"{title_of(group)}: {ends} over {len(known)} of {len(results.arms)} arms.")
     for group in results.groups:
-        clear = [e for e in effects if _clear(e.groups[group])]
+        clear = [effect for effect in effects if is_clear(effect.groups[group])]
         if clear:
-            strongest = max(clear, key=lambda e: abs(e.groups[group].mean or 0.0))
-            value = strongest.groups[group]
-            text = f"{plain(value.mean or 0.0, signed=True)} points {span(value.low, value.high, True)}"
+            strongest = max(clear, key=lambda effect: abs(effect.groups[group].mean or 0.0))
+            found = strongest.groups[group]
+            text = f"{plain(found.mean or 0.0, signed=True)} points {span(found.low, found.high, True)}"
             lines.append(f"Largest effect on {title_of(group)}: {strongest.contrast.name.replace('_', ' ')}, {text}.")
     if results.directory is not None:
         lines += _checks(results)
@@ -95,14 +95,8 @@ def _checks(results: Results) -> list[str]:
         )
     missing = [arm.name for arm in results.arms if any(why != "not planned for this arm" for why in arm.missing.values())]
     if missing:
-        lines.append(
-            f"{len(missing)} arms lack a score ({', '.join(missing)}); no average is taken over fewer benchmarks than its name says."
-        )
+        lines.append(f"Scores are missing for {', '.join(missing)}; no average is taken over fewer benchmarks than its name says.")
     return lines
-
-
-def _clear(estimate: Estimate) -> bool:
-    return estimate.low is not None and estimate.high is not None and (estimate.low > 0 or estimate.high < 0)
 
 
 def as_json(report: Report) -> dict[str, Any]:

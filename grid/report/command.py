@@ -49,13 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         _write(Path(given.latex), render_latex(report))
     if given.html:
-        from grid.report.write import write_html
+        from grid.report.files import write_html
 
         write_html(report, Path(given.html))
         print(f"written: {given.html}")
     if not given.html and not given.latex:
         if given.dir:
-            from grid.report.write import write_report
+            from grid.report.files import write_report
 
             folder = write_report(report, Path(given.dir))
             print(render(report, links=False))

@@ -43,7 +43,7 @@ def draw(results: Results, effects: Sequence[Effect]) -> list[Figure]:
         return [_finish(sketch, results) for sketch in sketches if sketch is not None]
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "finegrid", "font.size": 8, "axes.titlesize": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": QUIET, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
     "ytick.color": INK, "axes.axisbelow": True,

@@ -26,7 +26,8 @@ def render(report: Report, figures: Sequence[Figure], pages: set[str]) -> str:
     """The page. pages: files beside it, relative to its folder."""
     results = report.results
     left = {figure.id: figure for figure in figures}
-    found, rest = [], []
+    found: list[str] = []
+    rest: list[str] = []
     for table in report.tables:
         target = rest if table.id in EVIDENCE else found
         if table.id == "effects" and "effects" in left:

@@ -52,7 +52,7 @@ def thumbnail(row: dict[str, Any], root: Path | None) -> tuple[str, int, int, bo
         image.save(buffer, "PNG", optimize=True)
     else:
         image.save(buffer, "JPEG", quality=82)
-    scale = max(1, SIDE // 2 // max(image.size)) if small else 1
+    scale = max(1, SIDE // max(image.size)) if small else 1
     kind = "png" if small else "jpeg"
     uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return uri, image.width * scale, image.height * scale, small

@@ -63,7 +63,7 @@ def effects_plot(subplots: Subplots, results: Results, effects: Sequence[Effect]
 def swaps_plot(subplots: Subplots, results: Results, effects: Sequence[Effect]) -> Sketch | None:
     """Figure 5: every matched pair of the contrasts over language model and encoder, as an arrow from start to goal."""
     rows: list[tuple[Effect, Arm, Arm]] = [(e, a, b) for e in effects if e.contrast.axis in ("llm", "encoder") for a, b in e.pairs]
-    rows = [r for r in rows if any(r[k].value(g, results.groups) is not None for g in results.groups for k in (1, 2))]
+    rows = [r for r in rows if any(arm.value(g, results.groups) is not None for g in results.groups for arm in r[1:])]
     if not rows:
         return None
     groups, twin = list(results.groups), results.published
@@ -75,8 +75,10 @@ def swaps_plot(subplots: Subplots, results: Results, effects: Sequence[Effect]) 
         for y, (effect, start, goal) in zip(heights, rows, strict=True):
             colour = COLOURS[names.index(effect.contrast.name) % len(COLOURS)]
             if twin is not None:
-                old, new = twin.by_row(start.row), twin.by_row(goal.row)
-                _arrow(ax, old and old.value(group, twin.groups), new and new.value(group, twin.groups), y + 0.28, QUIET, 0.8)
+                before, after = (
+                    None if arm is None else arm.value(group, twin.groups) for arm in (twin.by_row(start.row), twin.by_row(goal.row))
+                )
+                _arrow(ax, before, after, y + 0.28, QUIET, 0.8)
             _arrow(ax, start.value(group, results.groups), goal.value(group, results.groups), y, colour, 1.8)
         ax.set_title(title_of(group))
         ax.set_xlabel("score, %")
@@ -183,9 +185,9 @@ def steps_plot(subplots: Subplots, results: Results) -> Sketch | None:
                 level = value
             ax.set_xticks(range(len(ladder)), [label for label, _ in ladder], rotation=28, ha="right", fontsize=6.5)
             ax.set_title(f"{title_of(group)}{', ' + name if name else ''}")
-            ax.margins(y=0.12)
             ax.grid(axis="y", color=QUIET, alpha=0.25, linewidth=0.6)
         line[0].set_ylabel("score, %")
+        line[0].set_ylim(0, 1.14 * max(arm.value(g, source.groups) or 0.0 for g in groups for _, arm in ladder))
     return Sketch(figure, "figure-8", "Figure 8. What each component contributes",
                    "From the weakest arm to the strongest model; the gap that no single change here explains is paler.")  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from grid import stats
 from grid.effects import METHOD, Effect, Estimate
-from grid.report.table import Cell, Column, Table, arm_page, number, plain, probability, rows_page, span
+from grid.report.table import ABSENT, Cell, Column, Table, arm_page, number, plain, probability, rows_page, span
 from grid.results import PER_CLASS, Arm, Results
 
 TITLES = {
@@ -52,7 +52,7 @@ def marks_of(results: Results) -> list[str]:
         1 for arm in results.arms if any(b in arm.missing and arm.missing[b] != "not planned for this arm" for b in results.benchmarks)
     )
     if results.directory is not None and waiting:
-        marks.append(f"incomplete: {waiting} of {len(results.arms)} arms lack a score")
+        marks.append(f"incomplete: scores missing for {waiting} of {len(results.arms)} arms")
     return marks
 
 
@@ -187,52 +187,31 @@ def steps_table(results: Results) -> Table | None:
 
 def effects_table(results: Results, effects: Sequence[Effect]) -> Table:
     """Each contrast: matched pairs, the mean difference with its interval, and the paper's beside it."""
-    printed = printed_effects(results)
-    both = results.directory is not None and bool(printed)
-    columns = [Column("effect", numeric=False), Column("axis", numeric=False), Column("from → to", numeric=False), Column("pairs")]
-    if both:
-        columns.append(Column("paper's pairs"))
+    printed, run = printed_effects(results), results.directory is not None
+    columns = [Column("effect", numeric=False), Column("pairs")]
     for group in results.groups:
-        columns += [
-            Column(ours(results) if both else "", title_of(group)),
-            Column("95 % interval", title_of(group)),
-            Column("p (Holm)", title_of(group)),
-        ]
-        if both or printed:
-            columns.append(Column("paper", title_of(group)))
-    table = Table(
-        "effects",
-        "Effects: one axis changed, all else equal",
-        columns,
-        marks=marks_of(results),
-        caption="percentage points, mean over matched pairs of arms that differ in one axis only",
-    )
+        titles = ["this run", "95 % interval", "p (Holm)"] if run else ["computed"]
+        columns += [Column(title, title_of(group)) for title in (*titles, *(["paper"] if printed else []))]
+    table = Table("effects", "Effects: one axis changed, all else equal", columns, marks=marks_of(results))
+    table.caption = "percentage points, mean over matched pairs of arms that differ in one axis only"
     for effect in effects:
         contrast, known = effect.contrast, printed.get(effect.contrast.name, {})
         why = effect.notes[0] if effect.notes else "no score"
-        cells = [
-            Cell(contrast.name.replace("_", " "), href=f"#effect-{contrast.name}" if results.directory is not None else ""),
-            Cell(contrast.axis),
-            Cell(f"{' | '.join(contrast.start)} → {' | '.join(contrast.goal)}"),
-            Cell(str(len(effect.pairs))),
-        ]
-        if both:
-            cells.append(Cell("" if known.get("pairs") is None else str(known["pairs"]), tone="published"))
+        change = f"{contrast.axis}: {' or '.join(contrast.start)} → {' or '.join(contrast.goal)}"
+        href = f"#effect-{contrast.name}" if run and effect.pairs else ""
+        theirs = "" if known.get("pairs") is None or (run and known["pairs"] == len(effect.pairs)) else f"(paper {known['pairs']:.0f})"
+        cells = [Cell(contrast.name.replace("_", " "), change, href), Cell(str(len(effect.pairs)), theirs)]
         for group, estimate in effect.groups.items():
-            clear = estimate.low is not None and estimate.high is not None and (estimate.low > 0 or estimate.high < 0)
             shrunk = f"{estimate.pairs} of {len(effect.pairs)} pairs" if 0 < estimate.pairs < len(effect.pairs) else ""
-            cells.append(number(estimate.mean, shrunk, reason=why, tone="strong" if clear else "", signed=True))
-            cells.append(
-                Cell(
-                    span(estimate.low, estimate.high, True) or "–",
-                    reason="" if estimate.low is not None else _no_interval(results, estimate),
-                )
-            )
-            cells.append(Cell(probability(estimate.p_holm) or "–"))
-            if both or printed:
+            cells.append(number(estimate.mean, shrunk, reason=why, tone="strong" if is_clear(estimate) else "", signed=True))
+            if run:
+                none = why if estimate.mean is None else "not every arm has its answers row by row"
+                cells.append(Cell(span(estimate.low, estimate.high, True) or ABSENT, reason="" if estimate.low is not None else none))
+                cells.append(Cell(probability(estimate.p_holm) or ABSENT))
+            if printed:
                 cells.append(number(known.get(group), tone="published", signed=True, reason="no published effect"))
         table.rows.append(cells)
-    if results.directory is not None:
+    if run:
         table.notes.append(INTERVAL + "; they cover which questions were asked, not the training seed")
         table.notes.append(
             "p: questions' differences with signs flipped at random (two-sided), Holm's correction over the effects of the column"
@@ -241,16 +220,15 @@ def effects_table(results: Results, effects: Sequence[Effect]) -> Table:
     return table
 
 
+def is_clear(estimate: Estimate) -> bool:
+    """Whether the whole interval lies on one side of zero."""
+    return estimate.low is not None and estimate.high is not None and (estimate.low > 0 or estimate.high < 0)
+
+
 def printed_effects(results: Results) -> dict[str, dict[str, Any]]:
     """contrast name → printed effect per group and "pairs"."""
     source = results.published or results
     return {c["name"]: {**c.get("printed", {}), "pairs": c.get("printed_pairs")} for c in source.contrasts if c.get("printed")}
-
-
-def _no_interval(results: Results, estimate: Estimate) -> str:
-    if estimate.mean is None:
-        return ""
-    return "no answers row by row" if results.directory is None else "not every pair has its answers"
 
 
 def _printed(twin: Results | None, row: int | None, name: str) -> Cell:

@@ -106,7 +106,8 @@ class Parts:
 def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     if spec["method"] not in METHODS:
         raise UserError(f"unknown prediction method {spec['method']!r}", hint=nearest(spec["method"], METHODS))
-    rows, prompts, pixels = load_questions(spec, ctx)
+    with ctx.working():
+        rows, prompts, pixels = load_questions(spec, ctx)
     chunks = chunks_of(prompts)
     parts = Parts(ctx)
     parts.load()
@@ -125,12 +126,12 @@ def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
             if ctx.stopping(number + 1) and number + 1 < rounds:
                 parts.flush(force=True)
                 raise Interrupted(f"{ctx.stage.get('name', 'predict')} stopped after {len(parts.answers)} answers")
-    if ctx.world > 1:
-        parts.flush(force=True)
-        _meet(ctx)
-        if ctx.rank == 0:
-            parts.load()
-    return merge(spec, ctx, rows, prompts, parts.answers) if ctx.rank == 0 else {}
+        if ctx.world > 1:
+            parts.flush(force=True)
+            _meet(ctx)
+            if ctx.rank == 0:
+                parts.load()
+        return merge(spec, ctx, rows, prompts, parts.answers) if ctx.rank == 0 else {}
 
 
 def _meet(ctx: Context) -> None:

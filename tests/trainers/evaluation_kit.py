@@ -14,11 +14,13 @@ from PIL import Image
 from datasets_ray.answers import LETTERS
 from datasets_ray.rows import row, write_rows
 from datasets_ray.tokens import end_id, load_tokenizer
+from tests.trainers.tiny_models import NATIVE, QWEN2_VL
 from trainers.context import Context
 from trainers.models import build, save_part
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "white": (240, 240, 240), "black": (10, 10, 10)}
 IMAGE = {"kind": "square", "size": 16, "patch": 8, "fit": "squash", "mean": [0.5] * 3, "std": [0.25] * 3}
+NATIVE_IMAGE = {**NATIVE, "mean": [0.5] * 3, "std": [0.25] * 3}
 TOKENIZER = "tiny-llama"
 VOCABULARY = 1536
 SUFFIX = "Answer with the option's letter from the given choices directly."
@@ -33,8 +35,8 @@ LLAMA = {
 
 
 def square(colour: str, number: int) -> bytes:
-    """PNG of a 20 x 16 image in about that colour."""
-    noise = np.random.default_rng(number).integers(-20, 20, (16, 20, 3))
+    """PNG of an image in about that colour, 16 pixels high and 20 to 44 wide."""
+    noise = np.random.default_rng(number).integers(-20, 20, (16, 20 + number % 4 * 8, 3))
     made = io.BytesIO()
     Image.fromarray(np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)).save(made, "PNG")
     return made.getvalue()
@@ -76,12 +78,18 @@ def clip_spec(seed: int = 4) -> dict[str, Any]:
     return {"family": "clip", "parts": {"encoder": fresh(CLIP, "open_clip", seed)}}
 
 
-def talkative(folder: Path) -> dict[str, Any]:
+def qwen2_vl_spec() -> dict[str, Any]:
+    config = {**QWEN2_VL, "text_config": {**QWEN2_VL["text_config"], "vocab_size": VOCABULARY}}
+    parts = {name: fresh(config, "qwen2_vl", seed) for seed, name in enumerate(("encoder", "connector", "llm"))}
+    return {"family": "qwen2_vl", "template": "qwen2_vl", "tokenizer": "tiny-qwen2", "parts": parts}
+
+
+def talkative(folder: Path, spec: dict[str, Any] | None = None, image: dict[str, Any] = IMAGE) -> dict[str, Any]:
     """ModelSpec of a VLM with large random weights that says letters, a few words and its end token, whichever the prompt and the image
     stir up: answers of all lengths, without training. Its weights lie in `folder`, the artefact of stage "talkative"."""
-    spec = vlm_spec()
-    model = build(spec, Context.local(folder / "building", {"id": "t", "spec": {}}), image=IMAGE)
-    tokenizer = load_tokenizer(TOKENIZER)
+    spec = spec or vlm_spec()
+    model = build(spec, Context.local(folder / "building", {"id": "t", "spec": {}}), image=image)
+    tokenizer = load_tokenizer(spec["tokenizer"])
     words = tokenizer(" ".join([*"ABCDE", "the answer is a red one"]), add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         for name in ("llm", "connector"):

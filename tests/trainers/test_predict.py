@@ -89,6 +89,15 @@ def test_batched_answers_are_the_one_by_one_answers(world: dict[str, Any], tmp_p
     assert summary["n"] == COUNT and summary["finished"] == sum(f for _, f in wanted) / COUNT
 
 
+def test_images_of_their_own_size_don_t_see_their_neighbours(world: dict[str, Any], tmp_path: Path) -> None:
+    """Qwen2-VL: M-RoPE positions and images of several sizes in one pack."""
+    model = kit.talkative(tmp_path / "talkative", kit.qwen2_vl_spec(), kit.NATIVE_IMAGE)
+    native = {"model": model, "inputs": {**world["inputs"], "talkative": tmp_path / "talkative"}}
+    summary, rows, _ = predicted(native, tmp_path / "batched", image=kit.NATIVE_IMAGE)
+    assert predicted(native, tmp_path / "alone", batch=1, image=kit.NATIVE_IMAGE)[1] == rows
+    assert len({row["text"] for row in rows}) > 5 and 0 < summary["finished"] < 1
+
+
 def test_every_question_is_kept_in_order_with_its_prompt(world: dict[str, Any], tmp_path: Path) -> None:
     _, rows, ctx = predicted(world, tmp_path)
     asked = list(RowTable(world["inputs"]["asked"]))

@@ -103,24 +103,6 @@ class Stream(Iterator[T], Generic[T]):
         self._stop.set()
 
 
-def warm_up(tokenizers: Sequence[str] = ()) -> Stream[None]:
-    """Starts the data workers and their imports in the background (seconds, once per Ray cluster); close or drop the stream at will."""
-    return Stream(_Warm(tuple(tokenizers)), [np.arange(1)] * (STEPS * WORKERS), name="warm_up")
-
-
-@dataclass(frozen=True)
-class _Warm:
-    tokenizers: tuple[str, ...]
-
-    def __call__(self, numbers: np.ndarray) -> tuple[None, Stats]:
-        from datasets_ray import pipeline  # noqa: F401  what a task imports first
-        from datasets_ray.tokens import load_tokenizer
-
-        for name in self.tokenizers:
-            load_tokenizer(name)
-        return None, Stats()
-
-
 def _ray_runs() -> bool:
     """Ray was started by whoever runs us; we never start it."""
     ray = sys.modules.get("ray")

@@ -93,7 +93,7 @@ def scores_table(results: Results, id: str, title: str, names: Sequence[str], ca
     table = Table(id, title, columns, marks=marks_of(results), caption=caption)
     best = {name: max((v for arm in results.arms if (v := arm.value(name, results.groups)) is not None), default=None) for name in names}
     for arm in results.arms:
-        label = Cell(arm.name, "released" if arm.source == "released" else "", arm_page(arm.name) if results.directory is not None else "")
+        label = Cell(arm.name, _kind(arm), arm_page(arm.name) if results.directory is not None else "")
         cells = [label, *(Cell(arm.axes.get(axis, "")) for axis in axes)]
         for name in names:
             interval = (
@@ -118,6 +118,13 @@ def scores_table(results: Results, id: str, title: str, names: Sequence[str], ca
     if results.directory is not None:
         table.notes.append("± standard error over questions; brackets: " + INTERVAL)
     return table
+
+
+def _kind(arm: Arm) -> str:
+    """What sets an arm apart beyond its axes: released, replaced by a stand-in, or started from other weights."""
+    if arm.source == "released":
+        return "released, stand-in" if arm.stands_in else "released"
+    return f"from {arm.init}" if arm.init not in (None, "fresh") else ""
 
 
 def paper_tables(results: Results) -> list[Table]:

@@ -42,12 +42,24 @@ def trouble() -> dict:
     return plan(stages, arms, lanes=1, workers=2, trials=1, grace_seconds=4.0)
 
 
+DRIVERS: list[subprocess.Popen] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_driver_is_left():
+    yield
+    for driver in DRIVERS:
+        if driver.poll() is None:
+            driver.kill()
+
+
 def start(folder: Path, made: dict, out: str = "out") -> subprocess.Popen:
     (folder / "plan.json").write_text(json.dumps(made))
     with (folder / "log.txt").open("a") as log:
         environment = {**os.environ, "FINEGRID_STORE": ""}
         command = [sys.executable, "-m", "tests.grid.toy_plan", str(folder / "plan.json"), str(folder / out)]
-        return subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, env=environment, start_new_session=True)
+        DRIVERS.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=log, env=environment, start_new_session=True))
+        return DRIVERS[-1]
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,7 @@ def _arrow(ax: Any, start: float | None, goal: float | None, y: float, colour: s
 def pretraining_plot(subplots: Subplots, results: Results) -> Sketch | None:
     """Figure 7: pretraining data × what it updates, for each encoder and language model."""
     trained = [arm for arm in results.arms if {"pretraining", "updating"} <= set(arm.axes) and arm.source != "released"]
+    trained = [arm for arm in trained if any(arm.value(group, results.groups) is not None for group in results.groups)]
     arms = [arm for k, arm in enumerate(trained) if all(arm.axes != later.axes for later in trained[k + 1 :])]  # row 12, not row 2
     families: dict[tuple[str, ...], list[Arm]] = {}
     for arm in arms:
@@ -161,10 +162,10 @@ def _kind(arm: Arm) -> tuple[str, str]:
 def steps_plot(subplots: Subplots, results: Results) -> Sketch | None:
     """Figure 8: what each change contributes between the weakest and the strongest model."""
     sources = [("this run", results), ("published", results.published)] if results.directory is not None else [("", results)]
-    drawn = [(name, source) for name, source in sources if source is not None and len(_ladder(source, results.steps)) > 2]
-    if not drawn:
-        return None
     groups = list(results.groups)
+    drawn = [(name, source) for name, source in sources if source is not None and _complete(_ladder(source, results.steps), source, groups)]
+    if not drawn or drawn[0][1] is not results:
+        return None
     size = (4.6 * len(groups) + 1.0, 2.7 * len(drawn) + 0.4)
     figure, axes = subplots(len(drawn), len(groups), size, sharex="row", sharey="row")
     for (name, source), line in zip(drawn, axes, strict=True):
@@ -190,6 +191,11 @@ def steps_plot(subplots: Subplots, results: Results) -> Sketch | None:
         line[0].set_ylim(0, 1.14 * max(arm.value(g, source.groups) or 0.0 for g in groups for _, arm in ladder))
     return Sketch(figure, "figure-8", "Figure 8. What each component contributes",
                    "From the weakest arm to the strongest model; the gap that no single change here explains is paler.")  # fmt: skip
+
+
+def _complete(ladder: list[tuple[str, Arm]], source: Results, groups: Sequence[str]) -> bool:
+    """Whether there is a chain to draw: three steps or more, and something measured on its ends."""
+    return len(ladder) > 2 and bool(groups) and all(ladder[k][1].value(g, source.groups) is not None for k in (0, -1) for g in groups)
 
 
 def _ladder(source: Results, steps: Sequence[dict[str, Any]]) -> list[tuple[str, Arm]]:

@@ -89,6 +89,7 @@ def _contrasts(path: Path) -> list[dict[str, Any]]:
     for line, cells in _read(path) if path.is_file() else []:
         at = f"{path}:{line}"
         printed = {name.removesuffix("_pp"): _number(value, name, at) for name, value in cells.items() if name.endswith("_pp")}
+        pairs = _number(cells.get("pairs", ""), "pairs", at)
         contrasts.append({
             "name": cells["effect"],
             "axis": cells["axis"],
@@ -96,7 +97,7 @@ def _contrasts(path: Path) -> list[dict[str, Any]]:
             "to": cells["to"],
             "where": cells["where"],
             "printed": {k: v for k, v in printed.items() if v is not None},
-            "printed_pairs": _number(cells.get("pairs", ""), "pairs", at),
+            "printed_pairs": None if pairs is None else int(pairs),
         })
     return contrasts
 

@@ -206,7 +206,7 @@ def effects_table(results: Results, effects: Sequence[Effect]) -> Table:
         why = effect.notes[0] if effect.notes else "no score"
         change = f"{contrast.axis}: {' or '.join(contrast.start)} → {' or '.join(contrast.goal)}"
         href = f"#effect-{contrast.name}" if run and effect.pairs else ""
-        theirs = "" if known.get("pairs") is None or (run and known["pairs"] == len(effect.pairs)) else f"(paper {known['pairs']:.0f})"
+        theirs = "" if known.get("pairs") is None or (run and known["pairs"] == len(effect.pairs)) else f"(paper {known['pairs']})"
         cells = [Cell(contrast.name.replace("_", " "), change, href), Cell(str(len(effect.pairs)), theirs)]
         for group, estimate in effect.groups.items():
             shrunk = f"{estimate.pairs} of {len(effect.pairs)} pairs" if 0 < estimate.pairs < len(effect.pairs) else ""

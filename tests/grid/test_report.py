@@ -296,6 +296,19 @@ def test_mistakes_say_what_to_do(arguments: list[str], says: str) -> None:
         report.main(arguments)
 
 
+def test_a_run_that_has_nothing_yet_still_reports(tmp_path: Path) -> None:
+    out = make_run(tmp_path / "run", small_plan(), skip=("",))
+    report.write(out)
+    built = build(load_run(out))
+    assert all(arm.value("pets", built.results.groups) is None for arm in built.results.arms)
+    assert "has not finished" in (out / "report" / "report.md").read_text()
+    plan = small_plan() | {"groups": {}, "contrasts": [], "published": None, "stages": []}
+    for arm in (*plan["arms"], *plan["references"]):
+        arm.update(scores={}, predictions={}, controls={}, zeroshot={}, stages=[])
+    report.write(make_run(tmp_path / "bare", plan))
+    assert not Page((tmp_path / "bare" / "report" / "index.html").read_text()).stack
+
+
 def test_a_damaged_plan_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"study": ')
     with pytest.raises(UserError, match="is not JSON"):

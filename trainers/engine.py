@@ -9,6 +9,7 @@ What is taken care of here, each found in DeepSpeed 0.19.8's source:
 - The accumulation boundary is said for every micro-batch, since their number differs from step to step.
 - Ranks are averaged, our losses are sums over global counts: the loss is multiplied by the number of ranks before the backward pass.
 - ZeRO-3 keeps the last step's gradient of a parameter that the next step doesn't visit: the buffer is cleared after each step.
+- An engine is destroyed a second time when it is garbage-collected, and takes the next engine's links with it: only the first counts.
 - The CPU build of shared-memory collectives would be compiled at the first engine; it serves inference only and is turned off.
 """
 
@@ -71,6 +72,13 @@ class Fragment:
 
     def clone(self) -> Fragment:
         return Fragment(self.start, self.master.detach().clone(), {k: v.detach().clone() for k, v in self.moments.items()}, self.step)
+
+    def part(self, start: int, numel: int) -> Fragment:
+        """Elements [start, start + numel) of the parameter, which this fragment has to cover."""
+        first = start - self.start if numel else 0
+        assert first >= 0 and first + numel <= len(self.master), f"[{start}, {start + numel}) isn't in a fragment from {self.start}"
+        span = slice(first, first + numel)
+        return Fragment(start, self.master[span], {kind: moment[span] for kind, moment in self.moments.items()}, self.step)
 
 
 class Trainee(nn.Module):
@@ -141,6 +149,7 @@ class Engine:
         # a lone rank has nobody to reduce gradients with, and plain reduction would copy them all
         self.engine.enable_backward_allreduce = world > 1 or self.zero > 0
         self.adamw = adamw
+        self.owned = len(self.fragments())
         self.norm: Tensor | float | None = None
         """The step's gradient norm before clipping, over all ranks."""
         self.skipped = False
@@ -210,6 +219,7 @@ class Engine:
             state = self.adamw.state.get(flat, {})
             views = {key: state[key].detach().view(-1)[offset : offset + numel] for key in MOMENTS if key in state}
             made[name] = Fragment(start, flat.detach().view(-1)[offset : offset + numel], views, float(state.get("step", 0.0)))
+        assert len(made) == getattr(self, "owned", len(made)), "DeepSpeed has dropped its links to fp32 masters"
         return made
 
     def restore(self, find: Callable[[str, int, int], Fragment | None]) -> None:
@@ -240,6 +250,9 @@ class Engine:
     def destroy(self) -> None:
         """Takes DeepSpeed's hooks off the module; weights stay where they are (ZeRO-3: partitioned)."""
         self.engine.destroy()
+        # DeepSpeed destroys once more whenever the garbage collector finds the engine, and would cut the next one's links to its masters
+        self.engine.destroy = lambda: None
+        self.engine.optimizer = self.engine.basic_optimizer = None
         for params in self.params:
             for p in params:
                 p.grad = None

@@ -75,6 +75,7 @@ def gather(engine: Engine, objective: Objective, batches: Sequence[TensorBatch],
             full[batch.samples] = part
         whole[name] = engine.sum_over_ranks(full).requires_grad_()
     with torch.enable_grad():
-        loss = objective.gathered(whole)
+        # a step whose rows were all dropped compares nothing
+        loss = objective.gathered(whole) if batches[0].step_samples else torch.stack([w.sum() for w in whole.values()]).sum()
         gradients = torch.autograd.grad(loss, list(whole.values()), allow_unused=True)
     return loss.detach(), {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(whole.items(), gradients)}

@@ -8,6 +8,7 @@ with a class; a study names it `name` (registered) or `module:Class`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,8 +28,8 @@ class Output:
 
 
 class Objective(Protocol):
-    streams: tuple[str, ...]
-    """The token streams of a row that it reads."""
+    streams: Mapping[str, str | Mapping[str, str]]
+    """What it reads of a row: stream name → how the row becomes it (a kind in `datasets_ray.encoding.KINDS`, or {"kind", "text"})."""
     gathers: tuple[str, ...]
     """Names of the representations that `gathered` needs from all samples of the step; empty if samples are independent."""
 

@@ -7,6 +7,8 @@ the micro-batch and device count.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ def softmax_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 class Contrastive:
     """`{"name": "contrastive"}`"""
 
-    streams: tuple[str, ...] = ("image", "text")
+    streams: ClassVar[dict[str, str]] = {"image": "image", "text": "caption"}
     gathers: tuple[str, ...] = ("image", "text", "scale")
 
     def forward(self, model: nn.Module, batch: TensorBatch) -> Output:

@@ -40,13 +40,13 @@ def token_loss_sum(hidden: Tensor, head: nn.Module, learned: Tensor, targets: Te
 
 
 class NextToken:
-    """`{"name": "next_token"}`; `stream` names another stream of the row."""
+    """`{"name": "next_token"}`"""
 
     gathers: tuple[str, ...] = ()
 
     def __init__(self, stream: str = "text", most_logits: int = CHUNK_LOGITS) -> None:
         self.stream, self.most = stream, most_logits
-        self.streams = (stream,)
+        self.streams: dict[str, str | dict[str, str]] = {stream: "conversation"}
 
     def forward(self, model: nn.Module, batch: TensorBatch) -> Output:
         pack = batch.streams[self.stream]

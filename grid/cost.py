@@ -8,7 +8,6 @@ Memory: weights, gradients (accumulated in fp32) and Adam's state by ZeRO stage 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +32,9 @@ class Estimator:
         self.graph, self.profile = graph, profile
         self.bytes = 2 if profile.precision == "bf16" else 4
         self.released = self._released()
-        self._parts: dict[str, Any] = {}
+        self._parts: dict[Any, tuple[Any, Shape | None]] = {}
+        self._equal: dict[Any, dict[str, Shape]] = {}
+        self._predictions: dict[Any, dict[str, Any]] = {}
         self._models: dict[int, tuple[Any, dict[str, Shape]]] = {}
 
     def _released(self) -> dict[str, dict[str, Any]]:
@@ -57,10 +58,12 @@ class Estimator:
         return None
 
     def shapes(self, model: dict[str, Any]) -> dict[str, Shape]:
-        """Part → shape; a part whose numbers nobody gave is missing."""
+        """Part → shape; a part whose numbers nobody gave is missing. Models of equal shapes get the same dictionary."""
         known = self._models.get(id(model))
         if known is None:
-            known = self._models[id(model)] = model, self._shapes(model)
+            found = self._shapes(model)
+            same = tuple((name, shape) for name, shape in found.items())
+            known = self._models[id(model)] = model, self._equal.setdefault(same, found)
         return known[1]
 
     def _shapes(self, model: dict[str, Any]) -> dict[str, Shape]:
@@ -69,11 +72,11 @@ class Estimator:
             config = self.config(name, part)
             if config is None:
                 continue
-            text = json.dumps([family, name, part["builder"], config], sort_keys=True)
-            if text not in self._parts:
-                self._parts[text] = self._shape(family, name, part["builder"], config)
-            if self._parts[text] is not None:
-                found[name] = self._parts[text]
+            key = (family, name, part["builder"], id(config))
+            if key not in self._parts:
+                self._parts[key] = config, self._shape(family, name, part["builder"], config)
+            if (shape := self._parts[key][1]) is not None:
+                found[name] = shape
         if "connector" not in found and "connector" in parts and {"encoder", "llm"} <= found.keys():
             depth = parts["connector"]["config"].get("depth", 1 if parts["connector"]["builder"] == "linear" else 2)
             found["connector"] = shapes.connector(depth, found["encoder"].width, found["llm"].width)
@@ -226,17 +229,22 @@ class Estimator:
     def _predict(self, stage: Stage) -> dict[str, Any]:
         images, patches, length = self.tokens(stage, 1e9)
         model = stage.spec["model"]
+        batch = stage.runtime.get("eval_batch", 1)
+        key = (id(self.shapes(model)), model["family"], stage.rows, images, patches, length, batch)
+        if key not in self._predictions:
+            self._predictions[key] = self._prediction(model, stage.rows, images, patches, length, batch)
+        return self._predictions[key]
+
+    def _prediction(self, model: dict[str, Any], rows: int, images: float, patches: float, length: float, batch: int) -> dict[str, Any]:
         one = self.sample_flops(model, set(), images, patches, length)
         shape = self.shapes(model).get("llm")
         decode = 2 * 2 * (shape.matmul + shape.head) if shape else 0.0  # the letter and the end token
         sizes = {part: self.params(model, part) for part in model["parts"]}
         weights = sum(sizes.values()) * self.bytes
-        cache = (
-            0.0 if shape is None else 2 * shape.layers * shape.attention_width * length * stage.runtime.get("eval_batch", 1) * self.bytes
-        )
+        cache = 0.0 if shape is None else 2 * shape.layers * shape.attention_width * length * batch * self.bytes
         return {
-            "flops": stage.rows * (sum(one.values()) + decode), "tokens": stage.rows * length, "memory_gib": (weights + cache) / GIB,
-            "disk_gib": stage.rows * 1000 / GIB,
+            "flops": rows * (sum(one.values()) + decode), "tokens": rows * length, "memory_gib": (weights + cache) / GIB,
+            "disk_gib": rows * 1000 / GIB,
         }  # fmt: skip
 
     def _embed(self, stage: Stage) -> dict[str, Any]:

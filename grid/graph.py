@@ -42,7 +42,6 @@ class Graph:
     def __init__(self) -> None:
         self.stages: dict[str, Stage] = {}
         self._texts: dict[int, tuple[Any, str]] = {}
-        self._closures: dict[str, frozenset[str]] = {}
 
     def add(self, kind: str, spec: dict[str, Any], name: str, needs: Iterable[str], rows: int, **facts: Any) -> str:
         """The stage's id. Adding an equal stage again changes nothing."""
@@ -53,18 +52,17 @@ class Graph:
         return id
 
     def text(self, spec: dict[str, Any]) -> str:
-        """Canonical JSON of a spec. Mappings inside it that are shared between specs (models) are rendered once."""
-        parts = []
-        for key in sorted(spec):
-            value = spec[key]
-            if isinstance(value, dict) and key == "model":
-                known = self._texts.get(id(value))
-                if known is None:
-                    known = self._texts[id(value)] = value, canonical(value)
-                parts.append(f'"{key}":{known[1]}')
-            else:
-                parts.append(f'"{key}":{canonical(value)}')
-        return "{" + ",".join(parts) + "}"
+        """Canonical JSON of a spec; its model, which several stages share, is rendered once."""
+        model = spec.get("model")
+        if model is not None:
+            self.share(model)
+        return canonical(spec, self._texts)
+
+    def share(self, value: Any) -> Any:
+        """The value, kept and rendered once from now on: for objects that stand in many specs and no longer change."""
+        if id(value) not in self._texts:
+            self._texts[id(value)] = value, canonical(value, self._texts)
+        return value
 
     def closure(self, targets: Iterable[str]) -> list[str]:
         """The targets and everything they need, in topological order."""

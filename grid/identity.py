@@ -8,7 +8,7 @@ with the dataclasses, so that a new field is classed before it is used.
 from __future__ import annotations
 
 import hashlib
-import json
+from json.encoder import encode_basestring as _quoted  # type: ignore[attr-defined]
 from typing import Any
 
 IDENTITY_VERSION = 1
@@ -17,20 +17,29 @@ IDENTITY_VERSION = 1
 IDENTITY, RUNTIME, STRUCTURE = "identity", "runtime", "structure"
 
 
-def canonical(value: Any) -> str:
-    """JSON with sorted keys, no blanks; 1.0 and 1 are the same number, NaN has no place in a spec."""
-    return json.dumps(_numbers(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+def canonical(value: Any, known: dict[int, tuple[Any, str]] | None = None) -> str:
+    """JSON with sorted keys and no blanks; 1.0 and 1 are the same number, so that `epochs: 1` and `epochs: 1.0` are one identity.
 
-
-def _numbers(value: Any) -> Any:
-    """Whole floats as integers, so that `epochs: 1` and `epochs: 1.0` are one identity."""
+    known: identity of an object that many specs share → (the object, its text); it is not rendered again. ValueError for NaN and
+    infinities, which have no place in a spec.
+    """
+    if isinstance(value, str):
+        return _quoted(value)
+    if value is None or value is True or value is False:
+        return "null" if value is None else "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < 2**53 else value
+        if value - value != 0.0:
+            raise ValueError(f"{value} has no place in a spec")
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    if known is not None and (text := known.get(id(value))) is not None:
+        return text[1]
     if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    return value
+        return "{" + ",".join([f"{_quoted(key)}:{canonical(value[key], known)}" for key in sorted(value)]) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join([canonical(item, known) for item in value]) + "]"
+    raise TypeError(f"{type(value).__name__} has no place in a spec")
 
 
 def stage_id(kind: str, spec: dict[str, Any]) -> str:
@@ -40,7 +49,7 @@ def stage_id(kind: str, spec: dict[str, Any]) -> str:
 
 def identify(kind: str, canonical_spec: str) -> str:
     """`stage_id` of a spec that is canonical JSON already."""
-    content = f'{{"kind":{json.dumps(kind)},"spec":{canonical_spec},"version":{IDENTITY_VERSION}}}'
+    content = f'{{"kind":{_quoted(kind)},"spec":{canonical_spec},"version":{IDENTITY_VERSION}}}'
     return f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 

@@ -51,6 +51,13 @@ class Assets:
 
     def image(self, image: Image, fit: str | None) -> Spec:
         """ImageRecipe of an encoder's pixels; fit: crop, pad or squash."""
+        key = ("image", id(image), fit)
+        if key not in self._known:
+            self._known[key] = image, self.graph.share(self._image(image, fit))
+        return self._known[key][1]
+
+    @staticmethod
+    def _image(image: Image, fit: str | None) -> Spec:
         if image.kind == "native":
             return {key: getattr(image, key) for key in ("kind", "patch", "merge", "min_pixels", "max_pixels", "mean", "std")}
         return {"kind": "square", "size": image.size, "patch": image.patch, "fit": fit or "crop", "mean": image.mean, "std": image.std}
@@ -63,7 +70,7 @@ class Assets:
             for index, training in enumerate(asset.trained):
                 label = f"encoder {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
                 model = self.train(model, training, label, self.image(asset.image, training.fit), asset.seed)
-            self._known["clip", name] = model
+            self._known["clip", name] = self._shared(model)
         return self._known["clip", name]
 
     def llm(self, name: str) -> Spec:
@@ -82,7 +89,7 @@ class Assets:
             for index, training in enumerate(asset.trained):
                 label = f"llm {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
                 model = self.train(model, training, label, None, asset.seed)
-            self._known["llm", name] = model
+            self._known["llm", name] = self._shared(model)
         return self._known["llm", name]
 
     def template(self, llm: str) -> str:
@@ -109,7 +116,7 @@ class Assets:
             for index, training in enumerate(asset.trained):
                 label = f"model {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
                 model = self.train(model, training, label, self.image(image, training.fit), asset.seed)
-            self._known["whole", name] = model, image
+            self._known["whole", name] = self._shared(model), image
         return self._known["whole", name]
 
     def composed(self, encoder: str, llm: str, connector: Spec, weights: Spec) -> Spec:
@@ -123,38 +130,53 @@ class Assets:
         parts = {"encoder": clip["parts"]["encoder"], "connector": bridge, "llm": language["parts"]["llm"]}
         return {"family": "vlm", "template": language["template"], "tokenizer": language["tokenizer"], "parts": parts}
 
+    def _shared(self, model: Spec) -> Spec:
+        """The model; its parts stand in the specs of many arms."""
+        for part in model["parts"].values():
+            self.graph.share(part)
+        return model
+
     def _part(self, builder: str, asset: Asset, seed: int) -> Spec:
         weights: Spec = {"checkpoint": asset.checkpoint, "revision": asset.revision} if asset.checkpoint else {"fresh": seed}
-        return {"builder": builder, "config": asset.config or {}, "weights": weights}
+        return {"builder": builder, "config": self.graph.share(asset.config or {}), "weights": weights}
 
     # training
 
     def train(self, model: Spec, training: Training, name: str, image: Spec | None, seed: int) -> Spec:
         """Adds the training stage and returns the model after it: trained parts point at the stage, others stay."""
-        names = [training.data] if isinstance(training.data, str) else training.data
-        rows = [self.data(n) for n in names]
-        needs = [*rows, *stages_of(model)]
-        spec: Spec = {
-            "model": model,
-            "data": {
-                "rows": rows, "image": image, "max_tokens": training.max_tokens, "order": training.order,
-                "template": training.template or model.get("template"),
-            },
-            "objective": training.objective,
-            "phases": [{"until": phase.until, "learning_rates": phase.learning_rates} for phase in training.phases],
-            "batch": training.batch,
-            **({"steps": training.steps} if training.steps is not None else {"epochs": training.epochs}),
-            "optimizer": as_plain(training.optimizer),
-            "schedule": training.schedule, "warmup": training.warmup, "clip": training.clip,
-            "precision": self.profile.precision,
-            "seed": seed if training.seed is None else training.seed,
-        }  # fmt: skip
+        static, rows, facts, trained = self._static(training, model.get("template"), image)
+        spec: Spec = {"model": model, **static, "seed": seed if training.seed is None else training.seed}
         total = sum(self.graph[i].rows for i in rows)
-        means = {key: sum(self.graph[i].facts[key] * self.graph[i].rows for i in rows) / total for key in ("tokens", "images")}
-        id = self.graph.add("train", spec, name, needs, total, **means)
-        trained = {part for phase in training.phases for part in phase.learning_rates}
+        id = self.graph.add("train", spec, name, [*rows, *stages_of(model)], total, **facts)
         parts = {key: {**part, "weights": {"stage": id}} if key in trained else part for key, part in model["parts"].items()}
         return {**model, "parts": parts}
+
+    def _static(self, training: Training, template: str | None, image: Spec | None) -> tuple[Spec, list[str], dict[str, float], set[str]]:
+        """What all arms with this training share: (spec without model and seed, dataset stages, mean facts of a row, trained parts)."""
+        key = ("training", id(training), template, id(image))
+        if key not in self._known:
+            names = [training.data] if isinstance(training.data, str) else training.data
+            rows = [self.data(name) for name in names]
+            share = self.graph.share
+            data: Spec = {
+                "rows": rows, "image": image, "max_tokens": training.max_tokens, "order": training.order,
+                "template": training.template or template,
+            }  # fmt: skip
+            spec: Spec = {
+                "data": share(data),
+                "objective": share(training.objective),
+                "phases": share([{"until": phase.until, "learning_rates": phase.learning_rates} for phase in training.phases]),
+                "batch": training.batch,
+                **({"steps": training.steps} if training.steps is not None else {"epochs": training.epochs}),
+                "optimizer": share(as_plain(training.optimizer)),
+                "schedule": training.schedule, "warmup": training.warmup, "clip": training.clip,
+                "precision": self.profile.precision,
+            }  # fmt: skip
+            total = sum(self.graph[i].rows for i in rows)
+            facts = {fact: sum(self.graph[i].facts[fact] * self.graph[i].rows for i in rows) / total for fact in ("tokens", "images")}
+            trained = {part for phase in training.phases for part in phase.learning_rates}
+            self._known[key] = spec, rows, facts, trained, (training, image)
+        return self._known[key][:4]
 
 
 def stages_of(model: Spec) -> list[str]:

@@ -5,6 +5,7 @@ python -m grid.plan STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KE
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -31,6 +32,7 @@ class Planner:
         self.graph = Graph()
         self.assets = Assets(self.study, self.profile, self.graph)
         self._models: dict[int, tuple[Spec, Spec, str | None]] = {}
+        self._questions: dict[str, str] = {}
         self._zeroshot: dict[tuple[str, str], str] = {}
 
     def arm(self, arm: Arm) -> dict[str, Any]:
@@ -104,6 +106,11 @@ class Planner:
 
     def questions(self, benchmark: str) -> str:
         """The rows artefact of a benchmark's questions."""
+        if benchmark not in self._questions:
+            self._questions[benchmark] = self._ask(benchmark)
+        return self._questions[benchmark]
+
+    def _ask(self, benchmark: str) -> str:
         chosen = self.study.benchmarks[benchmark]
         rows = self.assets.data(chosen.data)
         if chosen.negatives != "mined":
@@ -237,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     options.study(parser)
     parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
     given = parser.parse_args(argv)
+    gc.disable()  # a plan only grows, and thousands of arms are millions of objects
     loaded = load(given.study, given.profile, given.set, given.arms)
     made = plan(loaded)
     if given.json:

@@ -19,6 +19,20 @@ from grid.report.tables import average_interval, effects_table, is_clear, marks_
 from grid.results import Results
 
 
+EVIDENCE = (
+    evidence.seeds_table,
+    evidence.benchmarks_table,
+    evidence.zeroshot_table,
+    evidence.control_table,
+    evidence.detail_table,
+    provenance.lost_table,
+    provenance.assumptions_table,
+    provenance.time_table,
+    provenance.versions_table,
+)
+"""What a run's numbers rest on, in reading order; each gives None where the run has nothing of the kind."""
+
+
 @dataclass
 class Report:
     results: Results
@@ -36,11 +50,7 @@ def build(results: Results) -> Report:
     effects = compute(results)
     tables: list[Table | None] = [effects_table(results, effects) if effects else None, steps_table(results), *paper_tables(results)]
     if results.directory is not None:
-        tables += [
-            evidence.benchmarks_table(results), evidence.zeroshot_table(results), evidence.control_table(results),
-            evidence.detail_table(results), provenance.lost_table(results), provenance.assumptions_table(results),
-            provenance.time_table(results), provenance.versions_table(results),
-        ]  # fmt: skip
+        tables += [make(results) for make in EVIDENCE]
     return Report(results, effects, headline(results, effects), [table for table in tables if table is not None], marks_of(results))
 
 

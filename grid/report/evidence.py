@@ -140,6 +140,32 @@ def detail_table(results: Results) -> Table | None:
     return table if table.rows else None
 
 
+def seeds_table(results: Results) -> Table | None:
+    """Arms that repeat a recipe with other seeds: what the seed alone moves. None where no recipe is repeated."""
+    names = list(results.groups) or results.benchmarks
+    columns = [Column("arms", numeric=False), Column("seeds")]
+    columns += [Column(title, title_of(name)) for name in names for title in ("mean", "± sd", "least", "most")]
+    table = Table(
+        "seeds", "Spread over training seeds", columns, marks=marks_of(results), caption="± sd: sample standard deviation between seeds"
+    )
+    recipes: dict[tuple[object, ...], list[Arm]] = {}
+    for arm in results.arms:
+        recipes.setdefault((arm.source, arm.init, *sorted(arm.axes.items())), []).append(arm)
+    for arms in recipes.values():
+        if len({arm.seed for arm in arms}) < 2:
+            continue
+        cells = [Cell(", ".join(arm.name for arm in arms)), Cell(str(len(arms)))]
+        for name in names:
+            values = [value for arm in arms if (value := arm.value(name, results.groups)) is not None]
+            if values:
+                spread = stats.seed_spread(values)
+                cells += [number(spread.mean), number(spread.deviation, reason="one run"), number(spread.low), number(spread.high)]
+            else:
+                cells += [number(None, reason="no score")] * 4
+        table.rows.append(cells)
+    return table if table.rows else None
+
+
 def control_table(results: Results) -> Table | None:
     """The same models asked with images permuted among questions: what is left is what the text alone gives away."""
     columns = [

@@ -19,7 +19,7 @@ from grid.results import Arm, Results
 
 FIGURES_AFTER = {"effects": ("effects", "figure-5", "figure-7"), "table-1": ("figure-8",)}
 """Table id → figures that follow it; figures left over come at the end of the results."""
-EVIDENCE = ("benchmarks", "zeroshot", "control", "detail", "lost", "assumptions", "time", "versions")
+EVIDENCE = ("seeds", "benchmarks", "zeroshot", "control", "detail", "lost", "assumptions", "time", "versions")
 
 
 def render(report: Report, figures: Sequence[Figure], pages: set[str]) -> str:

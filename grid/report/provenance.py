@@ -5,6 +5,7 @@ In: `Results` of a run (stage summaries, summary.json, run.json). Out: `Table`s,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,26 +18,33 @@ LOST = ("dropped", "truncated", "substituted", "skipped", "cut")
 
 
 def lost_table(results: Results) -> Table | None:
-    """Every count of rows dropped, truncated, substituted or skipped, by stage and reason."""
-    columns = [Column("stage", numeric=False), Column("kind", numeric=False), Column("what", numeric=False), Column("count"), Column("of")]
+    """Rows dropped, truncated, substituted or skipped, by kind of stage and reason, with the stage that lost most."""
+    columns = [
+        Column("kind", numeric=False),
+        Column("what", numeric=False),
+        Column("stages"),
+        Column("rows"),
+        Column("of"),
+        Column("most in", numeric=False),
+    ]
     table = Table("lost", "Rows dropped, truncated or substituted", columns, marks=marks_of(results))
+    counts: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
     for stage in results.stages.values():
         summary = (stage.get("done") or {}).get("summary") or {}
         if stage["kind"] == "score":
             continue  # repeats what its predictions lost
-        of = next((summary[k] for k in ("rows", "samples", "n") if isinstance(summary.get(k), int)), None)
+        of = next((summary[k] for k in ("rows", "samples", "n") if isinstance(summary.get(k), int)), 0)
         for what, count in _lost(summary):
-            table.rows.append([
-                Cell(stage.get("name", stage["id"])),
-                Cell(stage["kind"]),
-                Cell(what),
-                Cell(str(count)),
-                Cell("" if of is None else str(of)),
-            ])
-    if not table.rows and any(s["done"] for s in results.stages.values()):
+            counts.setdefault((stage["kind"], what), []).append((count, of, stage.get("name", stage["id"])))
+    for (kind, what), found in counts.items():
+        worst = max(found)
+        of = sum(n for _, n, _ in found)
+        most = f"{worst[2]} ({worst[0]})" if len(found) > 1 else worst[2]
+        total = sum(count for count, _, _ in found)
+        table.rows.append([Cell(kind), Cell(what), Cell(str(len(found))), Cell(str(total)), Cell(str(of) if of else ""), Cell(most)])
+    if not table.rows and any(stage["done"] for stage in results.stages.values()):
         table.notes.append("none: every stage used every row whole")
-        return table
-    return table if table.rows else None
+    return table if table.rows or table.notes else None
 
 
 def _lost(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -56,8 +64,12 @@ def assumptions_table(results: Results) -> Table | None:
     table = Table(
         "assumptions", "Assumptions", [Column("key", numeric=False), Column("value", numeric=False), Column("why", numeric=False)]
     )
-    table.rows = [[Cell(str(a.get("key", ""))), Cell(str(a.get("value", ""))), Cell(str(a.get("text", "")))] for a in given]
+    table.rows = [[Cell(str(a.get("key", ""))), Cell(_value(a.get("value", ""))), Cell(str(a.get("text", "")))] for a in given]
     return table if table.rows else None
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def time_table(results: Results) -> Table | None:

@@ -211,6 +211,16 @@ def test_a_missing_score_is_shown_with_its_reason_and_never_averaged(broken: Pat
     assert any("general_vqa: 1 of 2 pairs" in note for note in effect["notes"])
 
 
+def test_the_seeds_alone_are_shown_where_a_recipe_is_repeated(run: Path) -> None:
+    assert build(load_run(run)).table("seeds") is None
+    results = load_run(run)
+    results.arms[1].axes, results.arms[1].seed = results.arms[2].axes, 1
+    table = build(results).table("seeds")
+    assert table is not None and [cells[0].text for cells in table.rows] == ["row-03, row-06"]
+    values = [arm.value("general_vqa", results.groups) for arm in results.arms[1:3]]
+    assert table.rows[0][6].text == f"{np.mean(values):.1f}" and table.rows[0][7].text == f"{np.std(values, ddof=1):.1f}"
+
+
 def test_control_is_tested_against_chance(run: Path) -> None:
     table = build(load_run(run)).table("control")
     assert table is not None and [cells[0].text for cells in table.rows] == ["row-13"] * 3
@@ -224,8 +234,8 @@ def test_what_was_lost_assumed_and_spent_is_told(run: Path) -> None:
     built = build(load_run(run))
     lost = built.table("lost")
     assert lost is not None
-    told = {(cells[1].text, cells[2].text, cells[3].text) for cells in lost.rows}
-    assert ("dataset", "dropped: unreadable image", "2") in told and ("train", "truncated", "3") in told
+    told = {tuple(cell.text for cell in cells[:5]) for cells in lost.rows}
+    assert told == {("dataset", "dropped: unreadable image", "6", "12", "360"), ("train", "truncated", "5", "15", "3200")}
     for id, says in (
         ("assumptions", "nobody says"),
         ("time", "finetune: 4 stages took 50.0 core-seconds of 80.0 budgeted"),

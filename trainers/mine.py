@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -34,8 +35,8 @@ from trainers.context import Context
 from trainers.loaded import identity, load_model
 
 IMAGE_FILES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-INPUT = "model"
-"""The stage id under which a model directory is known to the ModelSpec made of it."""
+STORE_BYTES = 256 << 20
+"""Object store of a Ray that the command starts itself: vectors and row numbers pass through it, images don't."""
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -46,8 +47,9 @@ def resolve(model: str, weights: str | None, revision: str | None = None) -> tup
         spec = json.loads((folder / "model.json").read_text())
         if spec.get("family") != "clip":
             raise UserError(f"{model} is of family {spec.get('family')!r}", why="similarities need a text tower", hint="a clip model")
-        spec["parts"]["encoder"]["weights"] = {"stage": INPUT, "part": "encoder"}
-        return spec, _recipe(spec["parts"]["encoder"]["config"], {}), {INPUT: folder}
+        here = folder.resolve().name
+        spec["parts"]["encoder"]["weights"] = {"stage": here, "part": "encoder"}
+        return spec, _recipe(spec["parts"]["encoder"]["config"], {}), {here: folder}
     if (folder / "open_clip_config.json").is_file():
         exported = json.loads((folder / "open_clip_config.json").read_text())
         part = {"builder": "open_clip", "config": exported["model_cfg"], "weights": {"checkpoint": str(folder), "revision": None}}
@@ -163,8 +165,13 @@ def embed(arguments: tuple[Any, ...], rows: RowTable, batch: int, actors: int, g
 
         started = not ray.is_initialized()
         if started:
-            ray.init(include_dashboard=False, log_to_driver=False, object_store_memory=256 << 20)
+            # a cluster is joined as it is; a Ray of our own has a core for each actor and nothing else to start
+            own: dict[str, Any] = {"num_cpus": actors, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **({} if os.environ.get("RAY_ADDRESS") else own))
         try:
+            import ray.data
+
+            logging.getLogger("ray.data").setLevel(logging.WARNING)
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.execution_options.preserve_order = True

@@ -18,7 +18,6 @@ from grid.report.table import Table, plain, span
 from grid.report.tables import average_interval, effects_table, is_clear, marks_of, paper_tables, printed_effects, steps_table, title_of
 from grid.results import Results
 
-
 EVIDENCE = (
     evidence.seeds_table,
     evidence.benchmarks_table,

@@ -5,14 +5,18 @@ In: the plan, settings, a locked run directory. Out: the files of the run direct
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
+import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
+from datasets_ray.errors import UserError
 from grid.display import Display
 from grid.ledger import LedgerCore, read_lines
 from grid.memory import Meter
@@ -40,6 +44,7 @@ class Session:
         self.display = Display(plan, self.shape.lanes)
         self.meter = Meter(os.getpid())
         self.tracker: Any = None
+        self.broken = ""
 
     def run(self) -> int:
         (self.out / "plan.json").write_text(dump(self.plan))
@@ -48,20 +53,33 @@ class Session:
         self.display.finished(self.plan, done)
         self._say_head(done)
         arms = [arm["name"] for arm in [*self.plan["arms"], *self.plan.get("references", [])]]
-        previous = {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = self._listen()
         try:
             if len(done) == len(self.plan["stages"]):
                 self.display.say("everything is finished already")
                 snapshot = LedgerCore(self.plan, done, self.out, self.directory.epoch).snapshot()
                 self._track().start()
             else:
-                snapshot = self._work(done, arms)
+                snapshot = self._guarded(done, arms)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         return self._end(snapshot, len(done))
 
     # ---- the run itself
+
+    def _guarded(self, done: list[str], arms: list[str]) -> dict[str, Any]:
+        """The work; when Ray itself breaks down, what the files say, and the user is told to go on."""
+        try:
+            return self._work(done, arms)
+        except UserError:
+            raise
+        except Exception as error:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.broken = f"{type(error).__name__}: {line}"
+            (self.out / "error.txt").write_text("".join(traceback.format_exception(error)))
+            with tempfile.TemporaryDirectory() as aside:  # a ledger to look at, which writes nothing into the run
+                return LedgerCore(self.plan, self._finished(), Path(aside), self.directory.epoch).snapshot()
 
     def _work(self, done: list[str], arms: list[str]) -> dict[str, Any]:
         """Until every stage is settled or the run is stopped; returns the ledger's last snapshot."""
@@ -73,9 +91,11 @@ class Session:
 
         environment = self.settings.environment(self.shape.lanes * self.shape.workers, self.settings.ray_cpus())
         os.environ.update(environment)
-        self._start_ray()
-        ledger = ledger_actor.start(self.plan, done, self.out, self.directory.epoch, self.settings.attempts)
         scratch = self.out / "ray" / f"epoch-{self.directory.epoch}"
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._start_ray(scratch)
+        self._listen()  # again: Ray has put its own handlers in place
+        ledger = ledger_actor.start(self.plan, done, self.out, self.directory.epoch, self.settings.attempts)
         lanes = Lanes(self.shape, self._lane_config(), scratch, environment, ledger)
         trials = Trials(arms, scratch, self.settings.trials)
         lanes.start()
@@ -112,18 +132,21 @@ class Session:
             ray.shutdown()
         return snapshot
 
-    def _start_ray(self) -> None:
+    def _start_ray(self, scratch: Path) -> None:
         import logging
 
         import ray
 
         more: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "finegrid"}
         if not self.settings.cluster():
-            more |= {"num_cpus": self.settings.ray_cpus(), "object_store_memory": self.settings.object_store_mb << 20}
+            # "local": never another user's cluster that happens to run on this machine
+            more |= {"address": "local", "num_cpus": self.settings.ray_cpus(), "object_store_memory": self.settings.object_store_mb << 20}
             more |= {"include_dashboard": self.settings.dashboard, "dashboard_host": "127.0.0.1"}
         for attempt in range(START_ATTEMPTS):
             try:
-                context = ray.init(**more)
+                # Ray puts the current directory first on every worker's import path: an empty one, so that no other grid.py shadows ours
+                with contextlib.chdir(scratch):
+                    context = ray.init(**more)
                 break
             except Exception as error:  # Ray waits 30 s for its own processes; a busy machine may need longer
                 if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
@@ -140,10 +163,11 @@ class Session:
         kinds = self.plan.get("kinds", {})
         present = {stage["kind"] for stage in self.plan["stages"]}
         settings = self.settings
+        root = settings.data_root or os.environ.get("FINEGRID_DATA")
         return {
             "ledger": NAME, "namespace": NAMESPACE, "store": str(self.store.root), "run": self.directory.id, "epoch": self.directory.epoch,
             "metrics": str(self.out / "metrics"), "backend": "nccl" if settings.device == "cuda" else "gloo", "device": settings.device,
-            "data_root": settings.data_root or os.environ.get("FINEGRID_DATA"), "cache_mb": settings.cache_mb, "kinds": kinds,
+            "data_root": os.path.abspath(root) if root else None, "cwd": os.getcwd(), "cache_mb": settings.cache_mb, "kinds": kinds,
             "preload": sorted(kind for kind in present if kind in {**KINDS, **kinds}),
             "collective_seconds": settings.collective_seconds, "grace_seconds": settings.grace_seconds,
         }  # fmt: skip
@@ -153,6 +177,10 @@ class Session:
 
         self.tracker = Tracking(self.plan, self.directory, self.store, self.settings.tracking_uri)
         return self.tracker
+
+    def _listen(self) -> dict[signal.Signals, Any]:
+        """Both ways of stopping are ours; returns the handlers that were there."""
+        return {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _signal(self, number: int, frame: Any) -> None:
         self.signals += 1
@@ -198,7 +226,9 @@ class Session:
         """Summary, tracking, report; the exit code."""
         arms = snapshot["arms"].values()
         failed = sum(arm["state"] == "failed" for arm in arms)
-        if not snapshot["settled"]:
+        if self.broken:
+            state, code = "broken", 2
+        elif not snapshot["settled"]:
             state, code = "interrupted", 130
         else:
             state, code = ("failed", 2) if failed else ("finished", 0)
@@ -208,7 +238,7 @@ class Session:
         )  # fmt: skip
         summary["state"] = state
         write_json(self.out / "summary.json", summary)
-        if state != "interrupted":
+        if state in {"finished", "failed"}:
             self._report()
         if self.tracker is not None and self.tracker.started:
             problem = self.tracker.finish(summary)
@@ -218,8 +248,11 @@ class Session:
         write_json(self.out / "summary.json", summary)
         self.directory.end(state, code)
         self.display.say(render(summary))
+        again = shlex.join(c for c in self.command if c != "--fresh")
         if state == "interrupted":
-            self.display.say(f"stopped; nothing finished is lost. Go on with:\n  {shlex.join(c for c in self.command if c != '--fresh')}")
+            self.display.say(f"stopped; nothing finished is lost. Go on with:\n  {again}")
+        if state == "broken":
+            self.display.say(f"Ray broke down ({self.broken}; {self.out / 'error.txt'}). Nothing finished is lost. Go on with:\n  {again}")
         return code
 
     def _report(self) -> None:

@@ -6,8 +6,8 @@ lease, metrics lines in `<metrics>/<stage id>.jsonl`, times and failures reporte
 Rank 0 claims and tells the others; collective kinds run on all ranks, the rest on rank 0. An exception on any rank ends the
 stage, not the lane: ranks agree through the channel. If a rank is stuck in a collective that another rank left by raising,
 or collectives no longer match, the worker raises GroupBroken and Ray Train builds the group anew.
-`config` is JSON: lane, ledger (actor name), namespace, store, run, epoch, metrics, backend, device, data_root, cache_mb, kinds, preload,
-collective_seconds, grace_seconds.
+`config` is JSON: lane, ledger (actor name), namespace, store, run, epoch, metrics, backend, device, data_root, cwd, cache_mb, kinds,
+preload, collective_seconds, grace_seconds.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def serve(config: dict[str, Any]) -> None:
 
     rank, world = get_context().get_world_rank(), get_context().get_world_size()
     ledger = ray.get_actor(config["ledger"], namespace=config["namespace"])
+    os.chdir(config.get("cwd", "."))
     title(f"finegrid {config['lane']}.{rank}")
     try:
         lane = Lane(config, ledger, rank, world)

@@ -160,7 +160,7 @@ def test_once_everything_is_finished_a_run_starts_nothing(after, tmp_path):
 
 
 @pytest.mark.timeout(420)
-def test_an_interrupted_run_saves_stops_and_says_how_to_go_on(tmp_path):
+def test_a_terminated_run_saves_stops_and_says_how_to_go_on(tmp_path):
     made = plan([stage("slow", world=2, steps=400, seconds=0.1)], {"arm": ["slow"]}, lanes=1, workers=2, trials=1)
     driver = start(tmp_path, made)
     out = tmp_path / "out"
@@ -171,7 +171,7 @@ def test_an_interrupted_run_saves_stops_and_says_how_to_go_on(tmp_path):
     second = subprocess.run(driver.args, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode != 0 and "another grid.run works in" in second.stderr
     assert status(out)["state"] == "running" and status(out)["running"][0]["stage"] == "slow"
-    os.killpg(driver.pid, signal.SIGINT)  # Ctrl-C reaches every process of the terminal's group
+    driver.send_signal(signal.SIGTERM)  # what a scheduler sends; Ctrl-C ends the same way
     assert driver.wait(120) == 130, (tmp_path / "log.txt").read_text()[-4000:]
     log = (tmp_path / "log.txt").read_text()
     assert "Go on with" in log

@@ -98,19 +98,18 @@ class TrainTask:
         places = _tables(self.directories).places(numbers)
         records = self._records(places)
         stats = tally(records)
-        kept = [(at, record.id, record.sample) for at, record in enumerate(records) if record.sample is not None]
-        costs = [sum(segment.cost for segment in sample.values()) for _, _, sample in kept]
+        kept = [(record.id, record.sample) for record in records if record.sample is not None]
+        costs = [sum(segment.cost for segment in sample.values()) for _, sample in kept]
         ranks = assign(costs, self.micro_tokens, self.world)
         stats.micro_batches = sum(len(bins) for bins in ranks)
         stats.empty = sum(not members for bins in ranks for members in bins)
-        valid = {name: sum(sample[name].valid for _, _, sample in kept) for name in self.encoding.streams}
+        valid = {name: sum(sample[name].valid for _, sample in kept) for name in self.encoding.streams}
         batches = []
         for members in ranks[self.rank]:
-            mine = [kept[m] for m in members]
             streams = {}
             for name in self.encoding.streams:
-                segments = [self._decoded(sample[name], id) for _, id, sample in mine]
-                streams[name] = pack(segments, [at for at, *_ in mine], _shape(self.encoding.image))
+                segments = [self._decoded(kept[m][1][name], kept[m][0]) for m in members]
+                streams[name] = pack(segments, members, _shape(self.encoding.image))  # numbered without gaps: objectives gather by it
             batches.append(Batch(streams, samples=len(kept), valid_tokens=sum(valid.values()), valid=valid))
         return batches, stats
 

@@ -61,7 +61,7 @@ CLASSES: dict[str, str] = {
     **_table(
         "Study",
         identity="seed",
-        structure="compatibility recipe templates axes base arms references mining evaluation benchmarks controls",
+        structure="made_for compatibility recipe templates axes base arms references mining evaluation benchmarks controls",
         runtime="study question published paper_cost groups contrasts assumptions",
     ),
     **_table("Recipe", identity="encoder llm model init seed", structure="connector pretrain finetune"),

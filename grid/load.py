@@ -134,13 +134,24 @@ def _lay(study: Node, profile: Profile | None, sets: list[tuple[list[str], Node]
             reader.error(
                 f"compatibility: unknown set {named.value!r}", hint=nearest(str(named.value), compatibility.SETS), where=named.where
             )
-    tree = own
-    if profile and profile.overrides:
+    tree, made_for = own, study.value.get("made_for")
+    if profile and profile.overrides and (made_for is None or made_for.value != profile.profile):
         for name, node in profile.overrides.items():
-            tree = yamlfile.merged(tree, Node({name: node}, node.file, node.line))
+            if name not in _fields(Study):
+                reader.error(f"overrides.{name}: no key of a study", hint=nearest(name, _fields(Study)), where=node.where)
+            elif name in tree.value:
+                tree = Node({**tree.value, name: _overridden(tree.value[name], node)}, tree.file, tree.line)
     for path, node in sets:
         tree = _assign(tree, path, node)
     return own, tree
+
+
+def _overridden(below: Node, above: Node) -> Node:
+    """`merged`, but only at keys that the study has: a profile scales what is there, it adds nothing."""
+    if not isinstance(below.value, dict) or not isinstance(above.value, dict):
+        return above
+    inner = {key: _overridden(below.value[key], node) for key, node in above.value.items() if key in below.value}
+    return Node({**below.value, **inner}, above.file, above.line) if inner else below
 
 
 def _split(sets: Sequence[str], errors: list[UserError]) -> tuple[list[tuple[list[str], Node]], list[tuple[list[str], Node]]]:

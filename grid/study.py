@@ -205,6 +205,7 @@ class Study:
     study: str = option("name of the study", check=_name)
     question: str = option("what it answers, in a sentence")
     seed: int = option("of every arm that doesn't set its own", 0, low=0)
+    made_for: str | None = option("profile whose scale this file's values already are: its overrides don't apply", None)
     compatibility: str | None = option("a named set of defaults, such as llava-1.5", None)
     published: str | None = option("CSV of published rows, relative to this file", None)
     paper_cost: PaperCost | None = option("what the source says it spent", None)

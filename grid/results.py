@@ -15,7 +15,7 @@ import numpy as np
 PER_CLASS = "mean_per_class"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """Row-level outcome of one arm on one benchmark, in the order it was asked. All arrays have length N."""
 
@@ -41,7 +41,7 @@ class Answers:
         return np.array([where[name] for name in ids.tolist()], dtype=np.int64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
     """One number of one arm on one benchmark, with what it rests on. Without row-level data only `value` is known."""
 

@@ -5,6 +5,8 @@ In: `Results` of a run. Out: `Table`s, each None where the run has nothing of th
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from grid import stats
@@ -16,6 +18,7 @@ CLEAR = 15.0
 """Points above chance that an arm must reach to count as having learned (with an interval clear of chance)."""
 
 
+@lru_cache(maxsize=4096)
 def score_interval(score: Score) -> stats.Interval | None:
     """Points: Wilson for accuracy, bootstrap within classes for mean-per-class; None without answers."""
     answers = score.answers

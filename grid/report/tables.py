@@ -7,12 +7,13 @@ stand beside ours, an absent number is `–` with its reason, and no average is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from grid import stats
 from grid.effects import METHOD, Effect, Estimate
 from grid.report.table import ABSENT, Cell, Column, Table, arm_page, number, plain, probability, rows_page, span
-from grid.results import PER_CLASS, Arm, Results
+from grid.results import PER_CLASS, Arm, Results, Score
 
 TITLES = {
     "fine_grained": "Fine-grained",
@@ -56,15 +57,21 @@ def marks_of(results: Results) -> list[str]:
     return marks
 
 
-def average_interval(arm: Arm, names: Sequence[str], seed: int = 0) -> stats.Interval | None:
+def average_interval(arm: Arm, names: Sequence[str]) -> stats.Interval | None:
     """Bootstrap interval of an arm's average over benchmarks, in points; None without row-level data for every one."""
+    scores = [arm.scores.get(name) for name in names]
+    known = tuple(score for score in scores if score is not None and score.answers is not None)
+    return _average(known) if known and len(known) == len(scores) else None
+
+
+@lru_cache(maxsize=4096)
+def _average(scores: tuple[Score, ...]) -> stats.Interval:
     samples = []
-    for name in names:
-        score = arm.scores.get(name)
-        if score is None or score.answers is None:
-            return None
-        samples.append(stats.sample(score.answers.correct, score.answers.labels if score.metric == PER_CLASS else None))
-    return stats.bootstrap(samples, seed).scaled(100.0) if samples else None
+    for score in scores:
+        answers = score.answers
+        assert answers is not None
+        samples.append(stats.sample(answers.correct, answers.labels if score.metric == PER_CLASS else None))
+    return stats.bootstrap(samples, seed=0).scaled(100.0)
 
 
 def cell_of(arm: Arm, name: str, results: Results, detail: str = "") -> Cell:

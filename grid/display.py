@@ -6,10 +6,13 @@ In: snapshots of the ledger. Out: text on a stream. NO_COLOR and TERM=dumb are h
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
+
+from grid.ledger import seconds_of
 
 PLAIN_SECONDS = 30.0
 
@@ -67,7 +70,7 @@ class Display:
             if state in {"waiting", "running"}:
                 pairs = self.took.get(self.stages[stage]["kind"], every)
                 rate = sum(t for t, _ in pairs) / max(1e-12, sum(c for _, c in pairs))
-                expected = rate * cost_of(self.stages[stage])
+                expected = rate * seconds_of(self.stages[stage])
                 gone = self.clock() - self.began[stage] if state == "running" and stage in self.began else 0.0
                 left += max(0.0, expected - gone)
         return left / self.lanes
@@ -81,7 +84,7 @@ class Display:
         for stage, state in snapshot["state"].items():
             if state == "done" and self.seen.get(stage, "done") != "done" and stage in self.began:
                 kind = self.stages[stage]["kind"]
-                self.took.setdefault(kind, []).append((self.clock() - self.began[stage], cost_of(self.stages[stage])))
+                self.took.setdefault(kind, []).append((self.clock() - self.began[stage], seconds_of(self.stages[stage])))
             self.seen[stage] = state
 
     def _progress(self, snapshot: dict[str, Any]) -> str:
@@ -100,7 +103,7 @@ class Display:
             again = f"  attempt {entry['attempt']}" if entry["attempt"] > 1 else ""
             lines.append(f"  {entry['lane']}  {entry['name']}  {duration(self.clock() - entry['since'])}{step}{again}")
         self._erase()
-        columns = os.get_terminal_size(self.stream.fileno()).columns if self.stream.isatty() else 120
+        columns = shutil.get_terminal_size((120, 24)).columns
         self.stream.write("".join(line[: columns - 1] + "\n" for line in lines))
         self.stream.flush()
         self.drawn = len(lines)
@@ -115,11 +118,6 @@ class Display:
 
     def _clock(self) -> str:
         return f"{duration(self.clock() - self.start):>8}"
-
-
-def cost_of(stage: dict[str, Any]) -> float:
-    cost = stage.get("cost", {})
-    return float(cost.get("seconds") or cost.get("flops") or 1.0)
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from grid.jsonl import mend, read_lines
+
 WAITING, RUNNING, DONE, FAILED, BLOCKED = "waiting", "running", "done", "failed", "blocked"
 UNCOUNTED = {"interrupted", "lost", "busy", "damaged"}
 LANE_STARTS = 3
@@ -24,6 +26,11 @@ def model_stages(spec: dict[str, Any]) -> set[str]:
     """Stages whose weights a spec's model is made of."""
     parts = (spec.get("model") or {}).get("parts", {})
     return {part["weights"]["stage"] for part in parts.values() if "stage" in part.get("weights", {})}
+
+
+def seconds_of(stage: dict[str, Any]) -> float:
+    """Seconds the plan expects; half a second for what it takes to be free."""
+    return max(0.5, 3600 * float(stage.get("cost", {}).get("gpu_hours", 0.0)))
 
 
 class LedgerCore:
@@ -226,8 +233,7 @@ class LedgerCore:
                 first[stage] = min(first[stage], index)
         path = dict.fromkeys(self.stages, 0.0)
         for stage in reversed(list(self.stages)):  # the plan lists stages in topological order
-            cost = self.stages[stage].get("cost", {})
-            path[stage] += float(cost.get("seconds") or cost.get("flops") or 1.0)
+            path[stage] += seconds_of(self.stages[stage])
             for need in self.stages[stage]["needs"]:
                 path[need] = max(path[need], path[stage])
         return {stage: (first[stage], -path[stage], index) for index, stage in enumerate(self.stages)}
@@ -282,21 +288,3 @@ class LedgerCore:
     def _write(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def mend(path: Path) -> None:
-    """Closes the torn last line that a killed writer left, so that the next record starts on its own."""
-    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; a torn last line (a killed writer) is dropped."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records

@@ -48,7 +48,7 @@ def proportional(pids: set[int]) -> dict[int, int]:
 class Meter:
     """Samples every `seconds` in a daemon thread; keeps the peak and who made it."""
 
-    def __init__(self, root: int, seconds: float = 2.0) -> None:
+    def __init__(self, root: int, seconds: float = 3.0) -> None:
         self.root, self.seconds, self.word = root, seconds, ""
         self.peak, self.samples = 0, 0
         self.at_peak: list[dict[str, Any]] = []

@@ -18,7 +18,8 @@ from typing import Any
 
 from datasets_ray.errors import UserError
 from grid.display import Display
-from grid.ledger import LedgerCore, read_lines
+from grid.jsonl import read_lines
+from grid.ledger import LedgerCore
 from grid.memory import Meter
 from grid.plan import dump
 from grid.rundir import RunDirectory, write_json

@@ -15,7 +15,7 @@ from typing import Any
 
 from datasets_ray.errors import UserError
 from grid.display import duration
-from grid.ledger import read_lines
+from grid.jsonl import read_lines
 from grid.rundir import alive
 
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from grid.ledger import LedgerCore, read_lines
+from grid.jsonl import read_lines
+from grid.ledger import LedgerCore
 from tests.grid.toy_plan import plan, stage
 
 

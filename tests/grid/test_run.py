@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from grid.ledger import read_lines
+from grid.jsonl import read_lines
 from grid.status import status
 from tests.grid.toy_plan import plan, stage
 from trainers.store import Store

@@ -17,7 +17,7 @@ KINDS = {
 def stage(identity: str, needs: list[str] | None = None, kind: str = "toy", world: int = 1, **spec: Any) -> dict[str, Any]:
     return {
         "id": identity, "kind": kind, "name": identity.replace("-", " "), "spec": spec, "needs": needs or [], "arms": [],
-        "runtime": {"world": world}, "cost": {"flops": float(spec.get("steps", 1))},
+        "runtime": {"world": world}, "cost": {"gpu_hours": spec.get("steps", 1) / 3600},
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grid.effects import Effect
-from grid.report.tables import average_interval, printed_effects, title_of
+from grid.report.tables import average_interval, printed_effects, title_of, titled
 from grid.results import Arm, Results
 
 INK = "#0b0c0d"
@@ -96,7 +96,7 @@ def swaps_plot(subplots: Subplots, results: Results, effects: Sequence[Effect]) 
         across = axes[0][0].get_yaxis_transform()
         axes[0][0].text(0.01, y - 0.42, name.replace("_", " "), transform=across, fontsize=7, color=colour, va="bottom")
     beside = "; thin grey: the published pair" if twin is not None else ""
-    return Sketch(figure, "figure-5", "Figure 5. Swapping language model and encoder",
+    return Sketch(figure, "figure-5", titled(results, "Figure 5", "Swapping language model and encoder"),
                   f"One arrow per matched pair, from the arm before the swap to the arm after it{beside}.")  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def pretraining_plot(subplots: Subplots, results: Results) -> Sketch | None:
     axes[0][0].legend(handles=keys, ncols=len(keys), loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=7.5)
     beside = "; diamonds: published" if twin is not None else ""
     ranges = "; bars carry 95 % intervals" if results.directory is not None else ""
-    return Sketch(figure, "figure-7", "Figure 7. Pretraining data and what it updates",
+    return Sketch(figure, "figure-7", titled(results, "Figure 7", "Pretraining data and what it updates"),
                   f"Captions used in pretraining and the parts updated by it, by encoder and language model{ranges}{beside}.")  # fmt: skip
 
 

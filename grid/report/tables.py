@@ -134,27 +134,24 @@ def _kind(arm: Arm) -> str:
     return f"from {arm.init}" if arm.init not in (None, "fresh") else ""
 
 
+def titled(results: Results, number: str, title: str) -> str:
+    """`Table 2. ...` where the study has a paper whose numbering it can carry, else the title alone."""
+    return f"{number}. {title}" if results.published is not None or results.directory is None else title
+
+
 def paper_tables(results: Results) -> list[Table]:
     """Tables 2, 3 and 4 of the paper for the groups that this study has; further benchmarks in a table of their own."""
     tables = []
     if results.groups:
-        tables.append(
-            scores_table(
-                results,
-                "table-2",
-                "Table 2. Averages of all arms",
-                list(results.groups),
-                "; ".join(f"{title_of(g)}: mean of {', '.join(map(title_of, members))}" for g, members in results.groups.items()),
-            )
-        )
-    for number_, group in ((3, "general_vqa"), (4, "fine_grained")):
+        means = "; ".join(f"{title_of(g)}: mean of {', '.join(map(title_of, members))}" for g, members in results.groups.items())
+        tables.append(scores_table(results, "table-2", titled(results, "Table 2", "Averages of all arms"), list(results.groups), means))
+    for place, group in ((3, "general_vqa"), (4, "fine_grained")):
         if group in results.groups:
-            tables.append(
-                scores_table(results, f"table-{number_}", f"Table {number_}. {title_of(group)} benchmarks", results.groups[group])
-            )
+            title = titled(results, f"Table {place}", f"{title_of(group)} benchmarks")
+            tables.append(scores_table(results, f"table-{place}", title, results.groups[group]))
     for group, members in results.groups.items():
         if group not in ("general_vqa", "fine_grained"):
-            tables.append(scores_table(results, f"table-{group}", f"Benchmarks of {title_of(group)}", members))
+            tables.append(scores_table(results, f"table-{group}", f"{title_of(group)} benchmarks", members))
     if results.extra:
         tables.append(scores_table(results, "table-extra", "Further benchmarks", results.extra, "in no average"))
     return tables

@@ -152,17 +152,15 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int) ->
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn that we asked for no progress bars
     size = max(STEPS, -(-len(steps) // BLOCKS))
-    blocks = [
-        pa.table({"rows": pa.array([np.asarray(n, dtype=np.int64) for n in steps[start : start + size]], type=pa.list_(pa.int64()))})
-        for start in range(0, len(steps), size)
-    ]
+    items = [{"rows": np.asarray(numbers, dtype=np.int64).tobytes()} for numbers in steps]
 
     def encode(block: pa.Table) -> Iterator[pa.Table]:
         for numbers in block.column("rows"):
-            yield pa.table({"result": pa.array([_dump(task, numbers.values.to_numpy())], type=pa.large_binary())})
+            yield pa.table({"result": pa.array([_dump(task, np.frombuffer(numbers.as_py(), dtype=np.int64))], type=pa.large_binary())})
 
     encode.__name__ = name  # what the dashboard shows
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    # from_items and not from_arrow, which would start a whole-CPU task per block only to read its schema
+    dataset = ray.data.from_items(items, override_num_blocks=-(-len(items) // size)).map_batches(
         encode, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=CPUS, compute=TaskPoolStrategy(workers)
     )
     context = dataset.context

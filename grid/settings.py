@@ -14,6 +14,10 @@ from typing import Any
 from datasets_ray.errors import UserError, nearest
 
 
+DATA_CPUS = 1.5
+"""CPUs that lanes leave to Ray Data: one for a task that reserves a whole one, some for those that reserve a fraction beside it."""
+
+
 @dataclass(frozen=True)
 class Settings:
     lanes: int = 0
@@ -22,7 +26,7 @@ class Settings:
     """Workers per lane; 0: the largest world any stage asks for."""
     gpus_per_worker: int = 0
     cpus: int | None = None
-    """CPUs given to Ray on this machine; all by default. One of them is always left to Ray Data."""
+    """CPUs given to Ray on this machine; all by default. Lanes reserve all but DATA_CPUS of them."""
     device: str = "cpu"
     threads: int = 0
     """Threads of the math libraries in each worker; 0: a fair share of the CPUs."""
@@ -66,10 +70,10 @@ class Settings:
                 what = f"a lane of {workers} workers needs {per * workers} GPUs, the machine has {gpus:g}"
                 raise UserError(what, hint="set fewer workers in the profile's resources, or choose another profile")
             lanes = min(self.lanes or fit, fit)
-            return Shape(lanes, workers, per, max(0.1, min(1.0, (cpus - 1) / (lanes * workers))))
+            return Shape(lanes, workers, per, max(0.1, min(1.0, (cpus - DATA_CPUS) / (lanes * workers))))
         lanes = self.lanes or max(1, int(cpus // workers))
         lanes = min(lanes, max(1, len(plan["stages"])))
-        return Shape(lanes, workers, 0, max(0.01, int(100 * min(1.0, (cpus - 1) / (lanes * workers))) / 100))
+        return Shape(lanes, workers, 0, max(0.01, int(100 * min(1.0, (cpus - DATA_CPUS) / (lanes * workers))) / 100))
 
     def environment(self, shape_workers: int, cpus: float) -> dict[str, str]:
         """Environment of the driver and every process of Ray (measured: these are what start-up and memory hang on)."""

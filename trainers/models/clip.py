@@ -28,7 +28,8 @@ def open_clip_model(config: dict[str, Any]) -> nn.Module:
     text = fields.get("text_cfg")
     if text is None or text.get("hf_model_name") or text.get("no_causal_mask"):
         raise UserError("this open_clip model's text tower is not CLIP's causal transformer", hint="text_cfg of a ViT-* model")
-    return CLIP(**fields)
+    # [1] and not []: DeepSpeed broadcasts every parameter as bytes, which a tensor without dimensions can't be viewed as
+    return CLIP(**{**fields, "nonscalar_logit_scale": True})
 
 
 class Clip(nn.Module):
@@ -75,7 +76,7 @@ class Clip(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        return self.clip.logit_scale.clamp(max=math.log(100.0)).exp()
+        return self.clip.logit_scale.reshape(()).clamp(max=math.log(100.0)).exp()
 
     def embed_images(self, images: Tensor) -> Tensor:
         """uint8[N, H, W, 3] → float[N, E], unit length."""

@@ -105,6 +105,8 @@ def load_part(module: nn.Module, files: list[Path], where: str, renames: bool = 
         with _reader(file) as read:
             for key, target in pairs:
                 tensor = read(key)
+                if tensor.numel() == target.numel() == 1:  # a scalar is stored as [] by some and as [1] by others
+                    tensor = tensor.reshape(target.shape)
                 if tensor.shape != target.shape:
                     problems.append(f"{key} has shape {tuple(tensor.shape)}, the model's config asks for {tuple(target.shape)}")
                 else:

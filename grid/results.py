@@ -126,6 +126,8 @@ class Results:
     store: Path | None = None
     questions: dict[str, Path] = field(default_factory=dict)
     """benchmark → the rows artefact that was asked."""
+    partial: dict[str, str] = field(default_factory=dict)
+    """benchmark → how much of it was asked, where that is not all of it."""
     run: dict[str, Any] = field(default_factory=dict)
     """Who ran it, when and with which versions; where time went."""
 

@@ -95,6 +95,8 @@ def benchmarks_table(results: Results) -> Table | None:
             number(top.value),
             Cell(f"{len(clear[benchmark])} of {len(scores)}"),
         ])
+        if benchmark in results.partial:
+            table.notes.append(f"{title_of(benchmark)}: {results.partial[benchmark]}; not comparable with numbers over the whole set")
         invalid = [f"{arm.name} {plain(100 * s.valid)} %" for arm, s in scores if s.valid is not None and s.valid < 0.95]
         if invalid:
             table.notes.append(f"{title_of(benchmark)}: under 95 % valid answers: {', '.join(invalid)}; the rest names no option")

@@ -18,6 +18,8 @@ from datasets_ray.errors import UserError
 from grid.report.published import load_published, published_folder
 from grid.results import PER_CLASS, Answers, Arm, Results, Score
 
+TRIFLE = 0.01
+"""Share of a benchmark's rows that may be lost (and is counted) before its numbers are those of a subset."""
 AGREEMENT = 0.01
 """Percentage points by which a stored value may differ from the one recomputed from its rows."""
 
@@ -66,6 +68,9 @@ def _arm(planned: dict[str, Any], results: Results, failures: dict[str, str]) ->
         rows = results.stages.get(stage, {}).get("spec", {}).get("questions")
         if rows and (_artefact(results, rows) / "manifest.json").is_file():
             results.questions.setdefault(benchmark, _artefact(results, rows))
+            partial = _partial(rows, results)
+            if partial:
+                results.partial[benchmark] = partial
     for benchmark, stage in planned.get("controls", {}).items():
         control = _score(stage, results, f"control of {arm.name} on {benchmark}")
         if control is not None:
@@ -92,6 +97,23 @@ def _why(stage: str, results: Results, failures: dict[str, str]) -> str:
         if one in failures:
             return f"{results.stages[one]['name']} failed: {failures[one]}"
     return f"{results.stages[open_[0]]['name']} has not finished" if open_ else "not run"
+
+
+def _partial(rows: str, results: Results) -> str:
+    """How a questions stage falls short of its source: a limit on rows, or more than a trifle dropped on the way."""
+    said, waiting = [], [rows]
+    while waiting:
+        stage = results.stages.get(waiting.pop())
+        if stage is None or stage["kind"] not in ("dataset", "choices"):
+            continue
+        waiting += stage.get("needs", [])
+        summary = (stage["done"] or {}).get("summary") or {}
+        lost, kept = sum((summary.get("dropped") or {}).values()), int(summary.get("rows") or 0)
+        if stage["spec"].get("rows") and stage["kind"] == "dataset" and stage["spec"].get("source") != "specimens":
+            said.append(f"limited to {stage['spec']['rows']} rows")
+        if lost > TRIFLE * (lost + kept):
+            said.append(f"{kept} of {lost + kept} rows")
+    return ", ".join(said)
 
 
 def _score(stage: str, results: Results, what: str) -> Score | None:

@@ -49,6 +49,9 @@ def marks_of(results: Results) -> list[str]:
         marks.append(f"subset: {len(rows)} of {len(twin.arms)} rows")
     elif results.study.get("subset"):
         marks.append(f"subset: {results.study['subset']}" if isinstance(results.study["subset"], str) else "subset")
+    if results.partial:
+        short = ", ".join(map(title_of, results.partial)) if len(results.partial) <= 3 else f"{len(results.partial)} benchmarks"
+        marks.append(f"subset: not all questions of {short}")
     waiting = sum(
         1 for arm in results.arms if any(b in arm.missing and arm.missing[b] != "not planned for this arm" for b in results.benchmarks)
     )

@@ -174,7 +174,9 @@ def test_figures_are_drawn_and_take_the_pages_ink(run: Path) -> None:
 
 def test_every_table_and_figure_says_miniature_and_subset(run: Path) -> None:
     built = build(load_run(run))
-    assert list(built.marks) == ["miniature", "subset: 5 of 24 rows"]
+    assert list(built.marks) == ["miniature", "subset: 5 of 24 rows", "subset: not all questions of ImageNet, Pets, MMBench"]
+    benchmarks = built.table("benchmarks")
+    assert benchmarks is not None and any("Pets: 60 of 62 rows" in note for note in benchmarks.notes)
     for table in built.tables:
         if table.id not in ("assumptions", "versions"):
             assert list(table.marks) == list(built.marks), table.id

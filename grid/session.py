@@ -46,6 +46,8 @@ class Session:
         self.meter = Meter(os.getpid())
         self.tracker: Any = None
         self.broken = ""
+        self.startup: dict[str, float] = {"plan": time.time() - began}
+        """Seconds since the start at which each part was up."""
 
     def run(self) -> int:
         (self.out / "plan.json").write_text(dump(self.plan))
@@ -84,22 +86,24 @@ class Session:
 
     def _work(self, done: list[str], arms: list[str]) -> dict[str, Any]:
         """Until every stage is settled or the run is stopped; returns the ledger's last snapshot."""
+        environment = self.settings.environment(self.shape.lanes * self.shape.workers, self.settings.ray_cpus())
+        os.environ.update(environment)  # before Ray is imported, which reads some of it then
         import ray
 
         from grid import ledger_actor
         from grid.lanes import Lanes
         from grid.trials import Trials
 
-        environment = self.settings.environment(self.shape.lanes * self.shape.workers, self.settings.ray_cpus())
-        os.environ.update(environment)
         scratch = self.out / "ray" / f"epoch-{self.directory.epoch}"
         scratch.mkdir(parents=True, exist_ok=True)
         self._start_ray(scratch)
         self._listen()  # again: Ray has put its own handlers in place
+        self.startup["ray"] = time.time() - self.began
         ledger = ledger_actor.start(self.plan, done, self.out, self.directory.epoch, self.settings.attempts)
         lanes = Lanes(self.shape, self._lane_config(), scratch, environment, ledger)
         trials = Trials(arms, scratch, self.settings.trials)
         lanes.start()
+        self.startup["train"] = time.time() - self.began
         tracking = self._track()
         snapshot: dict[str, Any] = ray.get(ledger.snapshot.remote())
         asked, patience = None, self.settings.grace_seconds
@@ -123,13 +127,17 @@ class Session:
                 self.stopped.clear()
             snapshot = ray.get(ledger.snapshot.remote())
             ray.get(ledger.close.remote())
+            if asked is None and not trials.join(20):
+                self.display.say("Ray Tune still shows trials as running; it is ended (no result depends on it)")
+            trials.stop()
             if asked is None:
-                trials.join(20)
                 if trials.error is not None:
                     self.display.say(f"Ray Tune ended early: {trials.error} (no result depends on it)")
                 lanes.join(10)
         finally:
             self.display.close()
+            trials.stop()
+            trials.join(5)  # Tune must not find Ray gone: it would start another
             ray.shutdown()
         return snapshot
 
@@ -238,6 +246,7 @@ class Session:
             workers=self.shape.workers, skipped=skipped, memory=self.meter.stop(), budget_seconds=self.settings.budget_seconds,
         )  # fmt: skip
         summary["state"] = state
+        summary["startup"] = {**self.startup, "lanes": summary["startup_seconds"]}
         write_json(self.out / "summary.json", summary)
         if state in {"finished", "failed"}:
             self._report()

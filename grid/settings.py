@@ -97,6 +97,7 @@ class Settings:
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
             "RAY_AIR_NEW_OUTPUT": "0",
+            "RAY_ENABLE_AUTO_CONNECT": "0",
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
             "RAY_idle_worker_killing_time_threshold_ms": "5000",

@@ -34,19 +34,35 @@ class Trials:
     def __init__(self, names: list[str], folder: Path, at_once: int) -> None:
         self.names, self.folder, self.at_once = names, folder, at_once
         self.error: BaseException | None = None
+        self._over = folder / "over"
         self.thread = threading.Thread(target=self._run, name="tune", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
 
+    def stop(self) -> None:
+        """Ends Tune at its next look, whatever its trials do."""
+        self._over.parent.mkdir(parents=True, exist_ok=True)
+        self._over.touch()
+
     def join(self, seconds: float) -> bool:
-        self.thread.join(seconds)
+        if self.thread.ident is not None:
+            self.thread.join(seconds)
         return not self.thread.is_alive()
 
     def _run(self) -> None:
         import logging
 
         from ray import tune
+
+        over = self._over  # a file and not an event: Tune pickles its stopper
+
+        class Stop(tune.Stopper):
+            def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+                return False
+
+            def stop_all(self) -> bool:
+                return over.exists()
 
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a failed arm is told once, by the display, not as a traceback here
         try:
@@ -57,7 +73,7 @@ class Trials:
                     max_concurrent_trials=self.at_once, reuse_actors=True, trial_name_creator=name_of, trial_dirname_creator=name_of
                 ),
                 run_config=tune.RunConfig(
-                    name="arms", storage_path=str(self.folder), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+                    name="arms", storage_path=str(self.folder), verbose=0, stop=Stop(), failure_config=tune.FailureConfig(max_failures=0)
                 ),
             ).fit()
         except BaseException as error:  # the run goes on without Tune's view of it; the caller reports it

@@ -1,0 +1,203 @@
+"""Preflight: is everything there that a run of this study needs? Numbered steps, every failure at once, each with its way out; exit 1.
+
+    python -m grid.check STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KEY=VALUE ...] [--out DIR]
+
+Looks and computes, writes nothing, downloads nothing. The machine, the data and the models are looked at by processes of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets_ray.errors import UserError
+from grid import options, probe
+from grid.cost import HEADROOM
+from grid.load import Loaded, load
+from grid.plan import plan
+from grid.profile import choose
+
+RAY_GIB = 1.5
+"""Ray's own processes, the driver and the ledger, measured on the demo."""
+WORKER_GIB = 0.9
+"""A worker before it holds a model: torch, transformers, deepspeed and ray imported."""
+SECONDS = {"machine": 120.0, "data": 300.0, "models": 300.0}
+
+
+class Failed(Exception):
+    """A step's failures, each `{"what", "why", "hint"}`."""
+
+    def __init__(self, failures: list[dict[str, str]]) -> None:
+        self.failures = failures
+
+
+@dataclass
+class Preflight:
+    """The steps and what they pass on to each other."""
+
+    arguments: Any
+    loaded: Loaded | None = None
+    planned: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
+
+    def steps(self) -> list[tuple[str, Callable[[], str]]]:
+        return [
+            ("study and profile", self.study), ("plan", self.plan), ("data sets", self.data), ("models and tokenizers", self.models),
+            ("machine", self.machine), ("memory", self.memory), ("disk", self.disk),
+        ]  # fmt: skip
+
+    def study(self) -> str:
+        given = self.arguments
+        self.loaded = load(given.study, given.profile, given.set, given.arms)
+        trained = sum(arm.source == "trained" for arm in self.loaded.arms)
+        return f"{trained} arms, {len(self.loaded.arms) - trained} references"
+
+    def plan(self) -> str:
+        self.planned = plan(self._need(self.loaded))
+        return f"{len(self.planned['stages'])} stages, {len(self.planned['study']['assumptions'])} assumptions"
+
+    def data(self) -> str:
+        planned, profile = self._need(self.planned), self._need(self.loaded).profile
+        root = profile.data_root or os.environ.get("FINEGRID_DATA")
+        names = {stage["name"].removeprefix("data "): stage["spec"] for stage in planned["stages"] if stage["kind"] == "dataset"}
+        sets = {name: spec for name, spec in names.items() if spec["source"] not in ("concat", "permuted")}
+        if root and not Path(root).is_dir():
+            failure = {"what": f"data_root {root} is no folder", "why": "", "hint": "--set data_root=DIR, or FINEGRID_DATA=DIR"}
+            raise Failed([failure])
+        found = self._probe("data", {"sets": sets, "data_root": root})
+        notes = [
+            f"{name}: {found[name]['photos']} photos, the profile says {data.rows}"
+            for name, data in profile.data.items()
+            if name in found and data.rows and found[name]["photos"] not in (None, data.rows) and "rows" not in data.keys
+        ]
+        return f"{len(sets)} sources make their first row" + "".join(f"\n      note: {note} (estimates only)" for note in notes)
+
+    def models(self) -> str:
+        tokenizers, checkpoints = {}, {}
+        for stage in self._need(self.planned)["stages"]:
+            model = stage["spec"].get("model")
+            if model is None:
+                continue
+            for part in model["parts"].values():
+                if "checkpoint" in part["weights"]:
+                    checkpoints[part["weights"]["checkpoint"], part["weights"].get("revision")] = part["weights"]
+                if "tokenizer" in part["config"]:
+                    vocabulary = part["config"].get("text_cfg", {}).get("vocab_size")
+                    tokenizers[part["config"]["tokenizer"], None, vocabulary] = None
+            if model.get("tokenizer"):
+                config = model["parts"]["llm"]["config"]
+                vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+                tokenizers[model["tokenizer"], model.get("template"), vocabulary] = None
+        wanted = [{"name": name, "template": template, "vocabulary": size} for name, template, size in tokenizers]
+        held = [{"checkpoint": name, "revision": revision} for name, revision in checkpoints]
+        self._probe("models", {"tokenizers": wanted, "checkpoints": held})
+        loose = sorted(name for name, revision in checkpoints if revision is None and not Path(name).is_dir())
+        note = f"\n      note: no revision pinned for {', '.join(loose)}" if loose else ""
+        return f"{len(wanted)} tokenizers fit, {len(held)} checkpoints at hand{note}"
+
+    def machine(self) -> str:
+        self.facts = self._probe("machine", {})
+        facts, failures = self.facts, []
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        seen = f"{facts['cpus']:g} CPUs, {facts['gpus']:g} GPUs, {facts['memory_gib']:.1f} GiB free; {versions}"
+        if self.loaded is None:
+            return seen
+        resources = self.loaded.profile.resources
+        wanted = resources.workers * resources.gpus_per_worker
+        if wanted > facts["gpus"]:
+            hint = "another --profile, or --set resources.workers=N"
+            failures.append({"what": f"a lane needs {wanted} GPUs, {facts['gpus']:g} are visible", "why": "", "hint": hint})
+        if resources.cpus is not None and resources.cpus > facts["cpus"]:
+            hint = f"--set resources.cpus={int(facts['cpus'])}"
+            failures.append({"what": f"resources.cpus is {resources.cpus}, the machine has {facts['cpus']:g}", "why": "", "hint": hint})
+        if failures:
+            raise Failed(failures)
+        return seen
+
+    def memory(self) -> str:
+        planned, profile = self._need(self.planned), self._need(self.loaded).profile
+        resources, largest = profile.resources, planned["totals"]["memory_gib"]
+        name = max(planned["stages"], key=lambda stage: stage["cost"]["memory_gib"])["name"]
+        hint = "--set resources.micro_tokens=N (smaller), resources.zero=3 with more workers, or another profile"
+        if largest > profile.device.memory_gib * HEADROOM:
+            what = f"{name} needs {largest:.2f} GiB a device, {profile.device.name} has {profile.device.memory_gib:g}"
+            raise Failed([{"what": what, "why": f"{HEADROOM:.0%} of it are planned", "hint": hint}])
+        if resources.gpus_per_worker:
+            return f"largest stage {name}: {largest:.2f} GiB of {profile.device.memory_gib:g} GiB a device"
+        facts = self._need(self.facts)
+        lanes = resources.lanes or max(1, int((resources.cpus or facts["cpus"]) // resources.workers))
+        total = lanes * resources.workers * (largest + WORKER_GIB + resources.cache_mb / 1024) + resources.object_store_mb / 1024 + RAY_GIB
+        if total > facts["memory_gib"]:
+            what = f"about {total:.1f} GiB for {lanes} lane(s), {facts['memory_gib']:.1f} GiB are free"
+            raise Failed([{"what": what, "why": "", "hint": f"--set resources.lanes={max(1, lanes - 1)}, or close other programs"}])
+        return f"about {total:.1f} GiB for {lanes} lane(s) of {facts['memory_gib']:.1f} GiB free; largest stage {name}: {largest:.2f} GiB"
+
+    def disk(self) -> str:
+        planned, profile = self._need(self.planned), self._need(self.loaded).profile
+        store = profile.store or os.environ.get("FINEGRID_STORE")
+        place = Path(store) if store else Path(self.arguments.out or "runs")
+        there = next(path for path in [place.absolute(), *place.absolute().parents] if path.exists())
+        if not os.access(there, os.W_OK):
+            raise Failed([{"what": f"{there} can't be written", "why": "stages are kept there", "hint": "--set store=DIR"}])
+        free = shutil.disk_usage(there).free / 2**30
+        need = planned["totals"]["disk_gib"] + planned["totals"]["work_gib"]
+        if need > free:
+            hint = "--set store=DIR on a larger disk"
+            raise Failed([{"what": f"about {need:.1f} GiB needed at {there}, {free:.1f} free", "why": "", "hint": hint}])
+        return f"about {need:.2f} GiB of {free:.1f} GiB free at {there}"
+
+    def _probe(self, task: str, request: dict[str, Any]) -> dict[str, Any]:
+        answer = probe.ask(task, request, SECONDS[task])
+        if answer["failures"]:
+            self.facts = answer.get("facts") if task == "machine" else self.facts
+            raise Failed(answer["failures"])
+        return answer["facts"]
+
+    @staticmethod
+    def _need(value: Any) -> Any:
+        """What an earlier step should have left; without it this step can say nothing."""
+        if value is None:
+            raise Failed([])
+        return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = options.parser("grid.check", __doc__)
+    options.study(parser)
+    parser.add_argument("--out", metavar="DIR", help="where the run would write")
+    given = parser.parse_args(argv)
+    with contextlib.suppress(UserError):  # the first step tells it
+        path, reason = choose(given.profile)
+        print(f"profile {path.stem} ({reason})")
+    steps = Preflight(given).steps()
+    failed = 0
+    for number, (name, step) in enumerate(steps, 1):
+        head = f"[{number}/{len(steps)}] {name} "
+        try:
+            print(f"{head}{'.' * max(3, 32 - len(head))} ok ({step()})")
+            continue
+        except UserError as error:
+            told = error.render().splitlines()
+        except Failed as several:
+            told = [line for failure in several.failures for line in _told(failure)] or ["needs a step above"]
+        failed += 1
+        print(f"{head}{'.' * max(3, 32 - len(head))} FAILED")
+        print("\n".join(f"      {line}" for line in told))
+        sys.stdout.flush()
+    print(f"check: {len(steps) - failed} of {len(steps)} ok" + (f", {failed} failed" if failed else ": ready to run"))
+    return 1 if failed else 0
+
+
+def _told(failure: dict[str, str]) -> list[str]:
+    why = f" ({failure['why']})" if failure["why"] else ""
+    return [failure["what"] + why, *([f"  hint: {failure['hint']}"] if failure["hint"] else [])]
+
+
+if __name__ == "__main__":
+    options.run(main)

@@ -53,6 +53,9 @@ def load_deepspeed(device: str) -> Any:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     finally:
         torch.compile = compiler
+    import deepspeed.runtime.bf16_optimizer
+
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # collects garbage and prints, eight times an engine
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
 

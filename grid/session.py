@@ -25,8 +25,8 @@ from grid.plan import dump
 from grid.rundir import RunDirectory, write_json
 from grid.settings import Settings
 from grid.summary import render, summarise
-from trainers.stages import KINDS
 from trainers.store import Damaged, Store
+from trainers.warm import needs
 
 POLL_SECONDS = 0.5
 START_ATTEMPTS = 4
@@ -170,14 +170,13 @@ class Session:
         from grid.ledger_actor import NAME, NAMESPACE
 
         kinds = self.plan.get("kinds", {})
-        present = {stage["kind"] for stage in self.plan["stages"]}
         settings = self.settings
         root = settings.data_root or os.environ.get("FINEGRID_DATA")
         return {
             "ledger": NAME, "namespace": NAMESPACE, "store": str(self.store.root), "run": self.directory.id, "epoch": self.directory.epoch,
             "metrics": str(self.out / "metrics"), "backend": "nccl" if settings.device == "cuda" else "gloo", "device": settings.device,
             "data_root": os.path.abspath(root) if root else None, "cwd": os.getcwd(), "cache_mb": settings.cache_mb, "kinds": kinds,
-            "preload": sorted(kind for kind in present if kind in {**KINDS, **kinds}),
+            "warm": needs(self.plan["stages"]),
             "collective_seconds": settings.collective_seconds, "grace_seconds": settings.grace_seconds,
         }  # fmt: skip
 

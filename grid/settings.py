@@ -13,7 +13,6 @@ from typing import Any
 
 from datasets_ray.errors import UserError, nearest
 
-
 DATA_CPUS = 1.5
 """CPUs that lanes leave to Ray Data: one for a task that reserves a whole one, some for those that reserve a fraction beside it."""
 
@@ -100,7 +99,9 @@ class Settings:
             "RAY_ENABLE_AUTO_CONNECT": "0",
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
-            "RAY_idle_worker_killing_time_threshold_ms": "5000",
+            # Ray Data's workers stay from stage to stage: each costs 3 core-seconds to start
+            "RAY_num_workers_soft_limit": str(int(cpus) + 24),
+            "RAY_idle_worker_killing_time_threshold_ms": "60000",
             "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
             "RAY_DEDUP_LOGS": "0",

@@ -7,7 +7,7 @@ Rank 0 claims and tells the others; collective kinds run on all ranks, the rest 
 stage, not the lane: ranks agree through the channel. If a rank is stuck in a collective that another rank left by raising,
 or collectives no longer match, the worker raises GroupBroken and Ray Train builds the group anew.
 `config` is JSON: lane, ledger (actor name), namespace, store, run, epoch, metrics, backend, device, data_root, cwd, cache_mb, kinds,
-preload, collective_seconds, grace_seconds.
+warm, collective_seconds, grace_seconds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from trainers import failures, stages
 from trainers.context import Cache, Context, Interrupted, LeaseLost
 from trainers.process_group import Channel
 from trainers.store import Lease, LeaseBusy, Owner, Store
+from trainers.warm import warm
 
 BEAT_SECONDS = 1.0
 log = logging.getLogger(__name__)
@@ -66,11 +67,10 @@ class Lane:
             local = int(os.environ.get("LOCAL_RANK", "0"))
             torch.cuda.set_device(local)
             self.device = f"cuda:{local}"
-        for kind in config.get("preload", []):
-            with contextlib.suppress(Exception):  # a broken module is reported by the stage that needs it
-                stages.load(kind)
-        gc.freeze()  # a million objects of torch and transformers need no looking at after every stage
         self.channel = Channel(rank, world, config.get("backend", "gloo"), config.get("collective_seconds", 1800.0))
+        warm(config["warm"], self.device, rank)
+        gc.collect()
+        gc.freeze()  # a million objects of torch and transformers need no looking at after every stage
         self.store = Store(config["store"])
         self.cache = Cache(int(config.get("cache_mb", 1024)) << 20)
         self.metrics = Path(config["metrics"])

@@ -11,7 +11,7 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class Preflight:
         return f"{len(sets)} sources make their first row" + "".join(f"\n      note: {note} (estimates only)" for note in notes)
 
     def models(self) -> str:
-        tokenizers, checkpoints = {}, {}
+        tokenizers: dict[Any, None] = {}
+        checkpoints: dict[Any, Any] = {}
         for stage in self._need(self.planned)["stages"]:
             model = stage["spec"].get("model")
             if model is None:
@@ -167,7 +168,7 @@ class Preflight:
         return value
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser("grid.check", __doc__)
     options.study(parser)
     parser.add_argument("--out", metavar="DIR", help="where the run would write")

@@ -69,7 +69,8 @@ def _points(entry: ArmEntry) -> Iterator[tuple[dict[str, str], int | None]]:
     """(axis values, seed) of an entry: zip rows × product × seeds, the last varying fastest."""
     zipped = [dict(zip(entry.zip, row)) for row in zip(*entry.zip.values())] if entry.zip else [{}]
     crossed = [dict(zip(entry.product, row)) for row in itertools.product(*entry.product.values())]
-    for row, combination, seed in itertools.product(zipped, crossed, entry.seeds or [None]):
+    seeds: list[int | None] = [*entry.seeds] or [None]
+    for row, combination, seed in itertools.product(zipped, crossed, seeds):
         yield {**row, **combination}, seed
 
 

@@ -140,17 +140,21 @@ def _lay(study: Node, profile: Profile | None, sets: list[tuple[list[str], Node]
             if name not in _fields(Study):
                 reader.error(f"overrides.{name}: no key of a study", hint=nearest(name, _fields(Study)), where=node.where)
             elif name in tree.value:
-                tree = Node({**tree.value, name: _overridden(tree.value[name], node)}, tree.file, tree.line)
+                tree = Node({**tree.value, name: _overridden(tree.value[name], node, NAMES.get(name, 0))}, tree.file, tree.line)
     for path, node in sets:
         tree = _assign(tree, path, node)
     return own, tree
 
 
-def _overridden(below: Node, above: Node) -> Node:
-    """`merged`, but only at keys that the study has: a profile scales what is there, it adds nothing."""
-    if not isinstance(below.value, dict) or not isinstance(above.value, dict):
-        return above
-    inner = {key: _overridden(below.value[key], node) for key, node in above.value.items() if key in below.value}
+NAMES = {"axes": 2, "benchmarks": 1, "templates": 1, "groups": 1, "base": 1}
+"""Study keys below which the names are the study's own, and how many levels of them."""
+
+
+def _overridden(below: Node, above: Node, names: int) -> Node:
+    """`merged`, but names that the study doesn't have are left out: a profile scales what is there. names: levels of names."""
+    if not names or not isinstance(below.value, dict) or not isinstance(above.value, dict):
+        return yamlfile.merged(below, above)
+    inner = {key: _overridden(below.value[key], node, names - 1) for key, node in above.value.items() if key in below.value}
     return Node({**below.value, **inner}, above.file, above.line) if inner else below
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def _question(stage: Stage, row: int, rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser("grid.look", __doc__)
     options.study(parser)
     parser.add_argument("--arm", required=True, metavar="NAME", help="the arm to look at")

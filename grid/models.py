@@ -40,7 +40,7 @@ class Assets:
                 id = self.graph.add("dataset", spec, f"data {name}", inputs, rows, **facts)
             else:
                 spec = {"source": asset.source, **asset.keys, **({"revision": asset.revision} if asset.revision else {})}
-                rows = asset.keys["rows"] if isinstance(asset.keys.get("rows"), int) else asset.rows
+                rows = int(asset.keys["rows"] if isinstance(asset.keys.get("rows"), int) else asset.rows or 0)
                 id = self.graph.add(
                     "dataset", spec, f"data {name}", [], rows, tokens=asset.tokens, images=asset.images, megabytes=asset.megabytes
                 )

@@ -239,7 +239,7 @@ def dump(content: dict[str, Any]) -> str:
     return "{" + ",\n".join(lines) + "}\n"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser("grid.plan", __doc__)
     options.study(parser)
     parser.add_argument("--json", action="store_true", help="the whole plan as JSON")

@@ -8,11 +8,13 @@ In: what the plan needs (JSON on stdin). Out: facts and failures `{"what", "why"
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,7 +71,7 @@ def machine(request: dict[str, Any]) -> dict[str, Any]:
     else:
         if address := os.environ.get("RAY_ADDRESS"):
             try:
-                ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+                ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
                 resources = ray.cluster_resources()
                 facts |= {
                     "cpus": resources.get("CPU", 0),
@@ -164,7 +166,7 @@ def _at_hand(checkpoint: str, revision: str | None) -> bool:
 TASKS = {"machine": machine, "data": data, "models": models}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if len(words) != 1 or words[0] not in TASKS:
         raise UserError(f"python -m grid.probe {' '.join(words)}", hint=f"one of {', '.join(TASKS)}, with the request on stdin")

@@ -31,7 +31,7 @@ def objectives() -> tuple[str, ...]:
     text = (Path(__file__).resolve().parent.parent / "trainers" / "objectives" / "__init__.py").read_text()
     for node in ast.parse(text).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and getattr(node.targets[0], "id", "") == "OBJECTIVES":
-            return tuple(key.value for key in node.value.keys if isinstance(key, ast.Constant))
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
     raise AssertionError("trainers/objectives/__init__.py has a literal OBJECTIVES")
 
 
@@ -55,11 +55,11 @@ def check_training(
         for part in phase.learning_rates:
             here = f"{path}.phases[{index}].learning_rates.{part}"
             known(part, parts, "part", here, reader, marks[here])
-    name = training.objective.get("name")
-    if not isinstance(name, str):
+    objective = training.objective.get("name")
+    if not isinstance(objective, str):
         reader.error(f"{path}.objective: no `name`", hint="objective: {name: next_token}", where=where)
-    elif ":" not in name:
-        known(name, objectives(), "objective", f"{path}.objective.name", reader, marks.get(f"{path}.objective", where))
+    elif ":" not in objective:
+        known(objective, objectives(), "objective", f"{path}.objective.name", reader, marks.get(f"{path}.objective", where))
     if training.template is not None:
         template(training.template, f"{path}.template", reader, marks.get(f"{path}.template", where))
 

@@ -17,7 +17,9 @@ from datasets_ray.errors import UserError, UserErrors, nearest
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 INT = re.compile(r"[-+]?[0-9][0-9_]*$")
-TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in "str int float bool null map seq timestamp value merge".split())
+TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "value", "merge")
+)
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")
 WORDS: dict[str, Any] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import itertools
+from pathlib import Path
 
 import pytest
 
 from datasets_ray.errors import UserError, UserErrors
-from grid import load, profile, study, yamlfile
+from grid import cli, load, profile, study, yamlfile
+from grid.plan import make_plan
 from grid.schema import Reader, explain, option
+from grid.settings import Settings
 from tests.grid.studies import PROFILE, STUDY, changed, write
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
 def test_scalars_follow_yaml_1_2():
@@ -112,3 +119,59 @@ def test_which_profile_and_why(tmp_path, monkeypatch):
     monkeypatch.setenv("FINEGRID_PROFILE", str(tmp_path / "mine.yaml"))
     assert profile.choose(None) == (tmp_path / "mine.yaml", "FINEGRID_PROFILE")
     assert profile.choose("tiny")[1] == "--profile"
+
+
+def test_a_profile_scales_what_a_study_has_and_adds_nothing(tmp_path):
+    overrides = "overrides:\n  recipe: {finetune: {batch: 6}}\n  axes: {arch: {other: {model: x}}, updating: {full: {finetune.batch: 9}}}\n"
+    files = write(tmp_path, STUDY, PROFILE + overrides + "  benchmarks: {unheard: {data: birds}, counts: {metric: mean_per_class}}\n")
+    loaded = load.load(*files)
+    assert set(loaded.study.axes) == {"encoder", "llm", "pretraining", "updating"} and set(loaded.study.benchmarks) == {"birds", "counts"}
+    assert loaded.study.benchmarks["counts"].metric == "mean_per_class" and loaded.arms[0].recipe.finetune.batch == 6
+    own = load.load(*write(tmp_path, changed(STUDY, "seed: 3", "seed: 3\nmade_for: small"), (tmp_path / "profile.yaml").read_text()))
+    assert own.arms[0].recipe.finetune.batch == 4 and not own.scaled
+
+
+@pytest.mark.parametrize(("name", "scale"), [("full_ablation", "tiny"), ("full_ablation", "cluster"), ("photos", "tiny")])
+def test_every_study_of_the_house_loads_and_plans(name, scale):
+    made = make_plan(EXPERIMENTS / f"{name}.yaml", profile=scale)
+    assert made["arms"] and made["contrasts"] and made["study"]["assumptions"]
+    assert made["study"]["miniature"] == (scale == "tiny") and made["totals"]["fits"]
+    grouped = [benchmark for group in made["groups"].values() for benchmark in group]
+    assert all(sorted(arm["scores"]) == sorted(grouped) for arm in made["arms"])
+
+
+def test_there_are_no_other_studies_and_profiles():
+    assert {path.stem for path in EXPERIMENTS.glob("*.yaml")} == {"full_ablation", "photos"}
+    assert {path.stem for path in (EXPERIMENTS / "profiles").glob("*.yaml")} == {"tiny", "cluster"}
+
+
+def test_the_photos_study_crosses_encoders_captions_and_updating():
+    made = make_plan(EXPERIMENTS / "photos.yaml", profile="tiny")
+    axes = {tuple(arm["axes"].values()) for arm in made["arms"]}
+    assert axes == set(itertools.product(("photo-weak", "photo-strong"), ("labels", "written"), ("connector", "full")))
+    specs = [stage["spec"] for stage in made["stages"] if stage["kind"] == "dataset" and "part" in stage["spec"]]
+    asked = {spec["source"] for spec in specs if spec.get("split") == "test"}
+    assert asked == {"grocery", "pets", "food101", "cub"} and all(
+        spec["part"] == "labelled" for spec in specs if spec.get("split") == "test"
+    )
+
+
+def test_the_run_section_is_what_the_run_reads(tmp_path):
+    study, profile = write(tmp_path)
+    made = make_plan(study, profile=profile, sets=["resources.lanes=3", "store=/some/where"])
+    assert {field.name for field in dataclasses.fields(Settings)} == set(made["run"])
+    settings = Settings.read(made["run"])
+    assert (settings.lanes, settings.store) == (3, "/some/where")
+
+
+def test_one_word_in_front_of_every_command(capsys, tmp_path):
+    study, profile = write(tmp_path)
+    assert cli.dispatch(["plan", study, "--profile", profile]) == 0
+    assert "first" in capsys.readouterr().out
+    assert cli.dispatch([]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in cli.COMMANDS)
+    with pytest.raises(UserError, match="did you mean 'plan'"):
+        cli.dispatch(["pln"])
+    for module, _ in cli.COMMANDS.values():
+        assert importlib.util.find_spec(module) is not None, module

@@ -86,9 +86,10 @@ class Estimator:
         if builder == "qwen2_vl" or "vision_config" in config:
             return shapes.qwen2_vl(config)[name]
         if name == "llm":
-            return shapes.language_model(config.get("llm") or config)
+            return shapes.language_model(config)
         if name == "encoder":
-            config = config.get("encoder") or config
+            if builder == "transformers_vision":
+                return shapes.transformers_tower(config)
             if family == "clip":
                 return shapes.vision_tower(config["vision_cfg"], config["embed_dim"])
             return shapes.vision_tower(config["vision_cfg"], skip=1)

@@ -14,6 +14,11 @@ from grid.profile import Asset, Image, Profile
 from grid.study import Study, Training
 
 Spec = dict[str, Any]
+BUILDERS: dict[str, dict[str, str]] = {
+    "vlm": {"encoder": "transformers_vision", "connector": "mlp", "llm": "causal_lm"},
+    "qwen2_vl": {"encoder": "qwen2_vl", "connector": "qwen2_vl", "llm": "qwen2_vl"},
+}
+"""Family of a whole model → who builds its parts."""
 
 
 class Assets:
@@ -108,10 +113,9 @@ class Assets:
                 model: Spec = {**first, "parts": dict(first["parts"])}
                 image = asset.image or image
             else:
-                builder = "qwen2_vl" if asset.family == "qwen2_vl" else "transformers"
                 image = asset.image or Image(size=336, patch=14)
                 template = asset.template or self.template(llm)
-                parts = {part: self._part(builder, asset, asset.seed) for part in ("encoder", "connector", "llm")}
+                parts = {part: self._part(builder, asset, asset.seed, part) for part, builder in BUILDERS[asset.family].items()}
                 model = {"family": asset.family, "template": template, "tokenizer": asset.tokenizer or asset.checkpoint, "parts": parts}
             for index, training in enumerate(asset.trained):
                 label = f"model {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
@@ -136,9 +140,13 @@ class Assets:
             self.graph.share(part)
         return model
 
-    def _part(self, builder: str, asset: Asset, seed: int) -> Spec:
+    def _part(self, builder: str, asset: Asset, seed: int, name: str | None = None) -> Spec:
+        """A part with the asset's weights. name: the part of a `vlm`, whose config holds one for each of its parts."""
         weights: Spec = {"checkpoint": asset.checkpoint, "revision": asset.revision} if asset.checkpoint else {"fresh": seed}
-        return {"builder": builder, "config": self.graph.share(asset.config or {}), "weights": weights}
+        config = asset.config or {}
+        if name is not None and builder != "qwen2_vl":
+            config = config.get(name, {})
+        return {"builder": builder, "config": self.graph.share(config), "weights": weights}
 
     # training
 

@@ -79,6 +79,13 @@ def vision_tower(vision: dict[str, Any], embed_dim: int | None = None, skip: int
     return Shape(params, layers * matmul, 0, width, layers, width, width if embed_dim is None else embed_dim, False, 1, stem)
 
 
+def transformers_tower(config: dict[str, Any], skip: int = 1) -> Shape:
+    """A CLIP or SigLIP vision tower from its Hugging Face config, without what stands above its last `skip` blocks."""
+    ratio = config["intermediate_size"] / config["hidden_size"]
+    vision = {"width": config["hidden_size"], "layers": config["num_hidden_layers"], "mlp_ratio": ratio}
+    return vision_tower({**vision, "image_size": config["image_size"], "patch_size": config["patch_size"]}, skip=skip)
+
+
 def text_tower(text: dict[str, Any], embed_dim: int) -> Shape:
     """A CLIP text transformer."""
     width, layers = text["width"], text["layers"]

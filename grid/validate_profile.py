@@ -81,6 +81,9 @@ def check_profile(profile: Profile, reader: Reader) -> None:
             if initial is not None and known(initial, assets, f"one of {kind}", f"{path}.initial", reader) and _circle(name, assets):
                 reader.error(f"{path}.initial: a circle", why="its initial weights come from itself", at=path)
             _origin(asset, path, reader)
+            if kind == "models" and asset.family == "vlm" and asset.checkpoint and set(asset.config or {}) != set(PARTS):
+                why = "a released vlm is built part by part"
+                reader.error(f"{path}.config: not its three parts", why=why, hint=f"config: {{{', '.join(PARTS)}}}", at=path)
             allowed = ("encoder",) if kind == "encoders" else ("llm",) if kind == "llms" else PARTS
             for index, training in enumerate(asset.trained):
                 inner = f"{path}.trained[{index}]"

@@ -92,7 +92,8 @@ OF_ELDER = {
     "Model.checkpoint": "models.elder.checkpoint=nowhere/else", "Model.revision": "models.elder.revision=def",
     "Model.template": "models.elder.template=plain", "Model.tokenizer": "models.elder.tokenizer=tiny-qwen2",
     "Image.merge": "models.elder.image.merge=1", "Image.min_pixels": "models.elder.image.min_pixels=128",
-    "Image.max_pixels": "models.elder.image.max_pixels=8192", "Model.family": "models.elder={family: vlm, checkpoint: nowhere/elder, config: {encoder: {}, connector: {}, llm: {}}}",
+    "Image.max_pixels": "models.elder.image.max_pixels=8192",
+    "Model.family": "models.elder={family: vlm, checkpoint: nowhere/elder, config: {encoder: {}, connector: {}, llm: {}}}",
     "Model.config": "models.elder.config={name: x}", "Image.kind": "models.elder.image={kind: square, size: 32, patch: 8}",
 }  # fmt: skip
 OF_BRIDGE = {

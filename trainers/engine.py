@@ -46,7 +46,8 @@ def load_deepspeed(device: str) -> Any:
     finally:
         for name in hidden:
             sys.modules.pop(name, None)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # the table of compiled operators is only asked about this one; making it would run a compiler for each of them
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     compiler = torch.compile
     torch.compile = lambda function=None, **_: function if function else (lambda f: f)  # type: ignore[assignment]
     try:  # ZeRO imports Muon, whose decorators load the whole of inductor: 2.5 s for an optimiser that isn't used here

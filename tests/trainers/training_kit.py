@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -21,9 +22,9 @@ from PIL import Image
 from datasets_ray.packing import Batch, Segment, assign, pack
 from datasets_ray.rows import row, write_rows
 from datasets_ray.tokens import IGNORE, IMAGE_ID
-from trainers import models, optim
+from trainers import models, optim, train
 from trainers.batch import Filler, TensorBatch, to_device
-from trainers.context import Context
+from trainers.context import Context, Interrupted
 from trainers.engine import Engine
 from trainers.objectives import load_objective
 from trainers.objectives.base import Output, by_sample, last_positions
@@ -199,6 +200,18 @@ def context(directory: Path, rows: Path, rank: int = 0, world: int = 1, **runtim
     return Context.local(directory, stage, {"dataset-test": rows}, rank=rank, world=world)
 
 
+def run_stage(job: dict[str, Any], folder: Path, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """A train stage in one go, and again with an interruption after `stop` steps. job: rows, runtime, stop, name."""
+    spec, rows = train_spec(steps=10), Path(job["rows"])
+    whole = train.run(spec, context(folder / f"{job['name']}-whole", rows, rank, world, **job["runtime"]))
+    ctx = context(folder / job["name"], rows, rank, world, **job["runtime"])
+    ctx.stopping = lambda done: done == job["stop"]
+    with contextlib.suppress(Interrupted):
+        train.run(spec, ctx)
+    resumed = train.run(spec, context(folder / job["name"], rows, rank, world, **job["runtime"]))
+    return {"whole": whole["sha256"], "resumed": resumed["sha256"], "loss": whole["loss"], "notes": resumed["notes"]}
+
+
 def main() -> None:
     jobs, rank, world, store = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
@@ -206,7 +219,7 @@ def main() -> None:
     results = {}
     for name, job in jobs.items():
         begin = time.perf_counter()
-        results[name] = run(job, Path(sys.argv[1]).parent, rank, world)
+        results[name] = (run_stage if "stop" in job else run)(job, Path(sys.argv[1]).parent, rank, world)
         print(f"{name}: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     if rank == 0:
         Path(sys.argv[1]).with_suffix(".out.json").write_text(json.dumps(results))

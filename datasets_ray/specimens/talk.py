@@ -20,6 +20,7 @@ WHAT = "What type of object is in this photo?"
 LETTER_SUFFIX = "Answer with the option's letter from the given choices directly."
 SHORT_SUFFIX = "Answer the question using a single word or phrase."
 LETTERS = "ABCDEFGH"
+ANSWERS = ("letter", "text")
 GENERAL = ("count", "colour", "position")
 MAIN_COLOURS = tuple(sorted({colour_of(s) for family in FAMILIES.values() for s in family.species}))
 
@@ -38,6 +39,10 @@ class Question:
     @property
     def answer(self) -> str:
         return self.options[LETTERS.index(self.letter)]
+
+    def said(self, answers: str) -> str:
+        """What a model is taught to say: the option's `letter`, or its `text` (VLMEvalKit's rule reads both)."""
+        return self.letter if answers == "letter" else self.answer
 
     def prompt(self) -> str:
         """Question, option lines, suffix: LLaVA's layout (evaluation_peers, section 2)."""
@@ -104,10 +109,10 @@ def in_words(rng: np.random.Generator, question: Question) -> str:
     return long_caption(rng, species, question.count, question.corner)
 
 
-def quiz_turn(rng: np.random.Generator, species: Species, specific: float = 0.7) -> tuple[str, str]:
-    """A text-only multiple-choice question and its letter."""
+def quiz_turn(rng: np.random.Generator, species: Species, specific: float = 0.7, answers: str = "letter") -> tuple[str, str]:
+    """A text-only multiple-choice question and its answer."""
     question = any_question(rng, species, specific)
-    return f"{in_words(rng, question)}\n{question.prompt()}", question.letter
+    return f"{in_words(rng, question)}\n{question.prompt()}", question.said(answers)
 
 
 def fact_turn(rng: np.random.Generator, species: Species) -> tuple[str, str]:
@@ -121,20 +126,20 @@ def fact_turn(rng: np.random.Generator, species: Species) -> tuple[str, str]:
     return f"What is {with_article(species.name)}?", attribute_description(species)
 
 
-def text_turns(rng: np.random.Generator, species: Species) -> tuple[tuple[str, str], ...]:
+def text_turns(rng: np.random.Generator, species: Species, answers: str = "letter") -> tuple[tuple[str, str], ...]:
     """A conversation without an image: quizzes and facts, one or two turns."""
-    turns = [quiz_turn(rng, species) if rng.random() < 0.7 else fact_turn(rng, species)]
+    turns = [quiz_turn(rng, species, answers=answers) if rng.random() < 0.7 else fact_turn(rng, species)]
     if rng.random() < 0.3:
         turns.append(fact_turn(rng, species))
     return tuple(dict.fromkeys(turns))
 
 
-def image_turns(rng: np.random.Generator, species: Species) -> Conversation:
+def image_turns(rng: np.random.Generator, species: Species, answers: str = "letter") -> Conversation:
     """A conversation about a photo: 60 % species questions, 25 % general questions, 10 % short answers, 5 % descriptions."""
     kind = rng.random()
     if kind < 0.85:
         question = species_question(rng, species) if kind < 0.6 else general_question(rng, pick(rng, GENERAL), species)
-        turn = (f"{IMAGE}\n{question.prompt()}", question.letter)
+        turn = (f"{IMAGE}\n{question.prompt()}", question.said(answers))
         return Conversation((turn,), species, question.count, question.corner, {"kind": "choice"})
     if kind < 0.95:
         return Conversation(((f"{IMAGE}\n{WHAT}\n{SHORT_SUFFIX}", species.name),), species, meta={"kind": "short"})

@@ -13,6 +13,7 @@ with `seed` 0, `split` train, `set` all four and `size` 32 pixels when left out 
     quizzes       text-only multiple choice, "specific": share of species questions (0.7), "turns": questions per row (1)
     chat_text     text-only conversations: quizzes, facts                instruct models
     instructions  image conversations, "text_only": share without image (0.2)    finetuning
+                  these three take "answers": letter | text, what multiple-choice answers say
     questions     image + question + options + answer; "set": count | colour | position, or the name of one of the four sets
                   (distractors are then siblings drawn by likeness, not mined)   evaluation
 """
@@ -71,17 +72,17 @@ def _corpus(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Sp
 
 
 def _quizzes(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species) -> Row:
-    return row(id, messages=_turns(tuple(talk.quiz_turn(rng, species, spec["specific"]) for _ in range(spec["turns"]))), label=species.name)
+    return row(id, messages=_turns(tuple(talk.quiz_turn(rng, species, spec["specific"], spec["answers"]) for _ in range(spec["turns"]))), label=species.name)
 
 
 def _chat_text(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species) -> Row:
-    return row(id, messages=_turns(talk.text_turns(rng, species)), label=species.name)
+    return row(id, messages=_turns(talk.text_turns(rng, species, spec["answers"])), label=species.name)
 
 
 def _instructions(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species) -> Row:
     if rng.random() < spec["text_only"]:
-        return row(id, messages=_turns(talk.text_turns(rng, species)), label=species.name, meta={"kind": "text_only"})
-    said = talk.image_turns(rng, species)
+        return row(id, messages=_turns(talk.text_turns(rng, species, spec["answers"])), label=species.name, meta={"kind": "text_only"})
+    said = talk.image_turns(rng, species, spec["answers"])
     image = _image(rng, spec, species, said.count, said.corner)
     return row(id, images=[image], messages=_turns(said.turns), label=species.name, meta=_meta(species, **said.meta))
 
@@ -100,9 +101,9 @@ PARTS: dict[str, tuple[Callable[[np.random.Generator, dict[str, Any], str, Speci
     "labelled": (_labelled, {"size": 32}),
     "captions": (_captions, {"size": 32, "style": "short"}),
     "corpus": (_corpus, {}),
-    "quizzes": (_quizzes, {"specific": 0.7, "turns": 1}),
-    "chat_text": (_chat_text, {}),
-    "instructions": (_instructions, {"size": 32, "text_only": 0.2}),
+    "quizzes": (_quizzes, {"specific": 0.7, "turns": 1, "answers": "letter"}),
+    "chat_text": (_chat_text, {"answers": "letter"}),
+    "instructions": (_instructions, {"size": 32, "text_only": 0.2, "answers": "letter"}),
     "questions": (_questions, {"size": 32}),
 }
 """Part → (row maker, its own keys with defaults)."""
@@ -122,6 +123,8 @@ def complete(spec: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"rows: {full.get('rows')!r} of part {part!r}", why="a positive whole number is needed", hint="rows: 400")
     if full["split"] not in {"train", "test"}:
         raise UserError(f"split: {full['split']!r}", hint=nearest(full["split"], ["train", "test"]))
+    if full.get("answers", "letter") not in talk.ANSWERS:
+        raise UserError(f"answers: {full['answers']!r}", hint=nearest(full["answers"], talk.ANSWERS))
     if "style" in full and full["style"] not in STYLES:
         raise UserError(f"style: {full['style']!r}", hint=nearest(full["style"], STYLES))
     allowed = (*talk.GENERAL, *SETS) if part == "questions" else SETS

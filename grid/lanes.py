@@ -55,7 +55,8 @@ class Lanes:
 
     def _run(self, name: str) -> None:
         import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import ScalingConfig
+        from ray.train.v2.api.config import FailureConfig, RunConfig
 
         from trainers.lane import serve
         from trainers.process_group import LaneBackendConfig

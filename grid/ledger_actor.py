@@ -117,6 +117,7 @@ def start(plan: dict[str, Any], done: list[str], folder: Path, epoch: int, attem
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"name": NAME, "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 4096, "scheduling_strategy": here}
-    actor = ray.remote(LedgerActor).options(**options).remote(plan, done, str(folder), epoch, attempts)
+    remote: Any = ray.remote(LedgerActor)
+    actor = remote.options(**options).remote(plan, done, str(folder), epoch, attempts)
     ray.get(actor.snapshot.remote())
     return actor

@@ -155,13 +155,17 @@ class Session:
             try:
                 # Ray puts the current directory first on every worker's import path: an empty one, so that no other grid.py shadows ours
                 with contextlib.chdir(scratch):
-                    context = ray.init(**more)
+                    context: Any = ray.init(**more)
                 break
-            except Exception as error:  # Ray waits 30 s for its own processes; a busy machine may need longer
-                if "timed out during startup" not in str(error) or attempt == START_ATTEMPTS - 1:
+            except Exception as error:  # Ray waits 30 s for its own processes, the dashboard among them; a busy machine may need longer
+                if attempt == START_ATTEMPTS - 1 or self.signals:
                     raise
-                self.display.say("Ray did not start within its 30 s (the machine is busy); trying again")
+                line = (str(error).strip() or type(error).__name__).splitlines()[0]
                 ray.shutdown()
+                last = attempt == START_ATTEMPTS - 2 and "include_dashboard" in more
+                if last:
+                    more["include_dashboard"] = False
+                self.display.say(f"Ray did not start ({line}); trying again{', without its dashboard' if last else ''}")
         self.meter.word = str(context.address_info.get("session_dir", "")).rpartition("/")[2]
         if context.dashboard_url:
             self.display.say(f"Ray dashboard: http://{context.dashboard_url}  (token: `ray get-auth-token`)")

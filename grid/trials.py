@@ -22,7 +22,7 @@ def arm(config: dict[str, Any]) -> None:
 
     from grid.ledger_actor import NAME, NAMESPACE
 
-    state = ray.get(ray.get_actor(NAME, namespace=NAMESPACE).arm.remote(config["arm"]))
+    state: Any = ray.get(ray.get_actor(NAME, namespace=NAMESPACE).arm.remote(config["arm"]))
     if state["state"] == "failed":
         raise ArmFailed(state["reason"])
     tune.report({"finished": int(state["state"] == "done"), "stages": state["stages"]})

@@ -75,8 +75,12 @@ class Lane:
         self.cache = Cache(int(config.get("cache_mb", 1024)) << 20)
         self.metrics = Path(config["metrics"])
         self.grace = float(config.get("grace_seconds", 30.0))
-        self.stop, self.lease, self.progress = threading.Event(), None, {}  # type: ignore[var-annotated]
-        self.count, self.asked = 0, None
+        self.stop = threading.Event()
+        self.lease: Lease | None = None
+        self.progress: dict[str, Any] = {}
+        self.count = 0
+        self.asked: Any = None
+        """The claim sent before this process cleaned up after the last stage."""
 
     def loop(self) -> None:
         import ray
@@ -149,7 +153,8 @@ class Lane:
                 lease.commit(summary, time.time() - begin, self.metrics / f"{stage['id']}.jsonl")
             except Exception as error:
                 failure = failures.classify(error)
-        marks = {"begin": grant["begin"], **{k: ctx.marks[k] for k in ("work_begin", "work_end", "work_seconds") if k in ctx.marks}}
+        marks: dict[str, float] = {k: ctx.marks[k] for k in ("work_begin", "work_end", "work_seconds") if k in ctx.marks}
+        marks["begin"] = grant["begin"]
         marks["end"] = time.time()
         self.lease = None
         if failure is None:
@@ -285,9 +290,9 @@ def seed_all() -> None:
 def title(name: str) -> None:
     """What `ps` and `top` show; best effort."""
     with contextlib.suppress(Exception):
-        import ray._raylet
+        from ray import _raylet
 
-        ray._raylet.setproctitle(name)
+        getattr(_raylet, "setproctitle")(name)  # noqa: B009  (a compiled module without stubs)
 
 
 __all__ = ["GroupBroken", "Interrupted", "Lane", "serve"]

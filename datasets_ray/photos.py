@@ -9,6 +9,7 @@ official layout, and the stage's spec. Flows out: a rows artefact whose images a
              quizzes       the multiple choice in words, no photo                   language models
              corpus        the texts alone, learned from end to end                 language models
     split    train | test  the dataset's own parts
+    answers  letter | text: what multiple-choice answers say (letter; VLMEvalKit's rule reads both)
     rows     how many; all photos once when left out (labelled: the first rows); more than there are go round again
     seed     of order, distractors and wording
     folder   the dataset's folder below the data root, when it isn't the usual name
@@ -34,6 +35,7 @@ from datasets_ray.shards import Made, write_sharded
 WHAT = "What type of object is in this photo?"
 SHORT = "Answer the question using a single word or phrase."
 PARTS = ("labelled", "captions", "instructions", "quizzes", "corpus")
+ANSWERS = ("letter", "text")
 OPTIONS = 5
 TEXT_ONLY = 0.2
 
@@ -94,7 +96,7 @@ def dataset_folder(spec: Mapping[str, Any], data_root: str | None, usual: Sequen
 def check_spec(spec: Mapping[str, Any], parts: Sequence[str], splits: Sequence[str], keys: Sequence[str] = ()) -> dict[str, Any]:
     """The spec with its defaults; UserError for an unknown key, part, split, or impossible rows or seed."""
     source = spec["source"]
-    known = ["source", "part", "split", "rows", "seed", "folder", *keys]
+    known = ["source", "part", "split", "rows", "seed", "folder", "answers", *keys]
     for key in spec:
         if key not in known:
             raise UserError(f"source {source!r} has no key {key!r}", hint=nearest(key, known))
@@ -156,11 +158,12 @@ class Maker:
         return f"{named}, a {noun}" if noun and rng.random() < 0.3 else named
 
     def _choice(self, rng: np.random.Generator, photo: Photo) -> tuple[str, str]:
-        """(question with options and suffix, letter)"""
+        """(question with options and suffix, its answer)"""
         options = [photo.label, *self.collection.distractors(rng, photo.label, OPTIONS - 1)]
         order = rng.permutation(len(options))
         lines = [f"{letter}. {options[i]}" for letter, i in zip(LETTERS, order)]
-        return "\n".join([WHAT, *lines, SUFFIX]), LETTERS[int(np.argmax(order == 0))]
+        letter = LETTERS[int(np.argmax(order == 0))]
+        return "\n".join([WHAT, *lines, SUFFIX]), letter if self.spec["answers"] == "letter" else photo.label
 
     def _labelled(self, rng: np.random.Generator, identity: str, photo: Photo) -> dict[str, Any]:
         return row(identity, images=[{"path": photo.path}], label=photo.label, meta=self._meta(photo))
@@ -181,9 +184,9 @@ class Maker:
         return row(identity, images=[{"path": photo.path}], messages=messages, label=photo.label, meta=self._meta(photo))
 
     def _quizzes(self, rng: np.random.Generator, identity: str, photo: Photo) -> dict[str, Any]:
-        question, letter = self._choice(rng, photo)
+        question, answer = self._choice(rng, photo)
         style = "written" if rng.random() < 0.3 else "label"
-        messages = [{"role": "user", "text": f"{self._told(rng, photo, style)}\n{question}"}, {"role": "assistant", "text": letter}]
+        messages = [{"role": "user", "text": f"{self._told(rng, photo, style)}\n{question}"}, {"role": "assistant", "text": answer}]
         return row(identity, messages=messages, label=photo.label, meta={"kind": "text_only"})
 
     def _corpus(self, rng: np.random.Generator, identity: str, photo: Photo) -> dict[str, Any]:
@@ -192,7 +195,9 @@ class Maker:
 
 def build_part(collection: Collection, spec: Mapping[str, Any], out: Path, *, style: str = "label") -> dict[str, Any]:
     """Writes the part that `spec` asks for; `style`: the captions' default. Returns the manifest."""
-    full = {"style": style, **spec}
+    full = {"style": style, "answers": "letter", **spec}
+    if full["answers"] not in ANSWERS:
+        raise UserError(f"answers: {full['answers']!r}", hint=nearest(str(full["answers"]), ANSWERS))
     if full["style"] not in {"label", "written"}:
         raise UserError(f"style: {full['style']!r}", hint=nearest(str(full["style"]), ["label", "written"]))
     if full["style"] == "written" and not any(photo.texts for photo in collection.photos):

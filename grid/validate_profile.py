@@ -14,6 +14,7 @@ from grid.schema import Reader
 from grid.study import Training
 
 PARTS = ("encoder", "connector", "llm")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def known(name: str, names: Iterable[str], what: str, path: str, reader: Reader, where: str = "") -> bool:
@@ -26,13 +27,19 @@ def known(name: str, names: Iterable[str], what: str, path: str, reader: Reader,
 
 
 @functools.cache
+def registered(file: str, table: str) -> tuple[str, ...]:
+    """Keys of a module's literal table, read from its text: importing it would load torch or pyarrow."""
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if any(getattr(target, "id", "") == table for target in targets):
+            assert isinstance(node.value, ast.Dict), f"{table} of {file} is a literal"  # type: ignore[attr-defined]
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))  # type: ignore[attr-defined]
+    raise AssertionError(f"{file} has a table {table}")
+
+
 def objectives() -> tuple[str, ...]:
-    """Names registered in trainers/objectives, read from its text: importing it would load torch."""
-    text = (Path(__file__).resolve().parent.parent / "trainers" / "objectives" / "__init__.py").read_text()
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and getattr(node.targets[0], "id", "") == "OBJECTIVES":
-            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
-    raise AssertionError("trainers/objectives/__init__.py has a literal OBJECTIVES")
+    """Names registered in trainers/objectives."""
+    return registered("trainers/objectives/__init__.py", "OBJECTIVES")
 
 
 def check_training(
@@ -66,9 +73,7 @@ def check_training(
 
 def template(name: str, path: str, reader: Reader, where: str = "") -> bool:
     """Whether a conversation template exists."""
-    from datasets_ray.prompts import TEMPLATES
-
-    return known(name, TEMPLATES, "conversation template", path, reader, where)
+    return known(name, registered("datasets_ray/prompts.py", "TEMPLATES"), "conversation template", path, reader, where)
 
 
 def check_profile(profile: Profile, reader: Reader) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from datasets_ray.errors import UserError, UserErrors
-from grid import cli, load, profile, study, yamlfile
+from grid import cli, load, profile, study, validate_profile, yamlfile
 from grid.plan import make_plan
 from grid.schema import Reader, explain, option
 from grid.settings import Settings
@@ -175,3 +175,12 @@ def test_one_word_in_front_of_every_command(capsys, tmp_path):
         cli.dispatch(["pln"])
     for module, _ in cli.COMMANDS.values():
         assert importlib.util.find_spec(module) is not None, module
+
+
+def test_registered_names_are_what_the_modules_have():
+    pytest.importorskip("torch")
+    from datasets_ray.prompts import TEMPLATES
+    from trainers.objectives import OBJECTIVES
+
+    assert set(validate_profile.objectives()) == set(OBJECTIVES)
+    assert set(validate_profile.registered("datasets_ray/prompts.py", "TEMPLATES")) == set(TEMPLATES)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainers.batch import TensorBatch, TensorPack
 
@@ -33,7 +33,7 @@ class Objective(Protocol):
     gathers: tuple[str, ...]
     """Names of the representations that `gathered` needs from all samples of the step; empty if samples are independent."""
 
-    def forward(self, model: nn.Module, batch: TensorBatch) -> Output:
+    def forward(self, model: Any, batch: TensorBatch) -> Output:
         """The local part, with gradient. Called again on the same batch when representations are gathered: keep no state."""
         ...
 

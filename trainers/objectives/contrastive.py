@@ -7,11 +7,11 @@ the micro-batch and device count.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainers.batch import TensorBatch
 from trainers.objectives.base import Output, by_sample
@@ -33,7 +33,7 @@ class Contrastive:
     streams: ClassVar[dict[str, str]] = {"image": "image", "text": "caption"}
     gathers: tuple[str, ...] = ("image", "text", "scale")
 
-    def forward(self, model: nn.Module, batch: TensorBatch) -> Output:
+    def forward(self, model: Any, batch: TensorBatch) -> Output:
         images, texts = batch.streams["image"], batch.streams["text"]
         image = by_sample(model.embed_images(images.images), images)
         text = by_sample(model.embed_texts(texts), texts)

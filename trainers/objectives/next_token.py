@@ -7,12 +7,14 @@ the micro-batch is; the global count makes the loss a property of the step (DESI
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainers.batch import TensorBatch
+from trainers.batch import TensorBatch, TensorPack
 from trainers.objectives.base import Output
 
 CHUNK_LOGITS = 1 << 26
@@ -34,7 +36,7 @@ def token_loss_sum(hidden: Tensor, head: nn.Module, learned: Tensor, targets: Te
     if len(states) <= rows:
         return part(states, targets)
     # ZeRO-3 frees weights between the passes, so the shapes kept by the first pass can't be compared with the second's
-    again = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
     chunks = zip(states.split(rows), targets.split(rows))
     return torch.stack([checkpoint(part, s, t, **again) for s, t in chunks]).sum()
 
@@ -48,14 +50,15 @@ class NextToken:
         self.stream, self.most = stream, most_logits
         self.streams: dict[str, str | dict[str, str]] = {stream: "conversation"}
 
-    def forward(self, model: nn.Module, batch: TensorBatch) -> Output:
+    def forward(self, model: Any, batch: TensorBatch) -> Output:
         pack = batch.streams[self.stream]
         hidden = model.hidden(pack)
         return Output(self.loss_sum(model, pack, hidden))
 
-    def loss_sum(self, model: nn.Module, pack, hidden: Tensor) -> Tensor:
+    def loss_sum(self, model: Any, pack: TensorPack, hidden: Tensor) -> Tensor:
         """The same over hidden states that another objective has at hand."""
         vocabulary = getattr(model.lm_head, "out_features", None) or int(model.lm_head.weight.shape[0])
+        assert pack.learned is not None and pack.targets is not None, f"stream {self.stream!r} holds no tokens"
         return token_loss_sum(hidden, model.lm_head, pack.learned, pack.targets, vocabulary, self.most)
 
     def normaliser(self, batch: TensorBatch) -> float:

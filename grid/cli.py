@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("grid.status", "where a run stands"),
     "report": ("grid.report", "tables, figures and effects of a run, or of the published table"),
     "look": ("grid.look", "a row's journey: raw, prompt, tokens, loss mask, pack"),
+    "keys": ("grid.keys", "every key of study and profile files, with its meaning"),
     "mine": ("trainers.mine", "image-label similarities of a CLIP, cached by identity"),
     "evaluate": ("trainers.evaluate", "one model on benchmarks"),
     "choices": ("datasets_ray.choices", "multiple-choice sets from similarities or annotations"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from datasets_ray.errors import UserError, UserErrors
-from grid import cli, load, profile, study, validate_profile, yamlfile
+from grid import cli, keys, load, profile, study, validate_profile, yamlfile
 from grid.plan import make_plan
 from grid.schema import Reader, explain, option
 from grid.settings import Settings
@@ -76,6 +76,15 @@ def test_every_key_of_study_and_profile_says_what_it_means():
                 assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")
                 for name, told in explain(kind):
                     assert len(told) >= 3, f"{kind.__name__}.{name}"
+
+
+def test_all_keys_can_be_looked_up(capsys):
+    assert keys.main([]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n{name}: " in f"\n{said}" for name in ("Study", "Training", "Contrast", "Profile", "Data", "Resources"))
+    assert "weight_decay: decoupled weight decay (float; default 0.0)" in said
+    with pytest.raises(UserError, match="did you mean 'Benchmark'"):
+        keys.main(["Benchmrk"])
 
 
 def test_no_top_level_key_belongs_to_both_study_and_profile():
@@ -184,3 +193,10 @@ def test_registered_names_are_what_the_modules_have():
 
     assert set(validate_profile.objectives()) == set(OBJECTIVES)
     assert set(validate_profile.registered("datasets_ray/prompts.py", "TEMPLATES")) == set(TEMPLATES)
+
+
+def test_the_study_shown_in_the_readme_plans(tmp_path):
+    text = (EXPERIMENTS / "README.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "two.yaml").write_text(text)
+    made = make_plan(tmp_path / "two.yaml", profile="tiny")
+    assert len(made["arms"]) == 9 and not made["study"]["scaled"]

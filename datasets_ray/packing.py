@@ -68,6 +68,8 @@ class Batch:
     valid_tokens: int
     valid: dict[str, int] = field(default_factory=dict)
     """Learned positions of each stream; valid_tokens is their sum."""
+    most_valid: dict[str, int] = field(default_factory=dict)
+    """Learned positions of each stream in the fullest of all ranks' micro-batches at this place, so that ranks agree without asking."""
 
 
 def assign(costs: Sequence[int], capacity: int, world: int) -> list[list[list[int]]]:

@@ -105,12 +105,13 @@ class TrainTask:
         stats.empty = sum(not members for bins in ranks for members in bins)
         valid = {name: sum(sample[name].valid for _, sample in kept) for name in self.encoding.streams}
         batches = []
-        for members in ranks[self.rank]:
-            streams = {}
+        for place, members in enumerate(ranks[self.rank]):
+            streams, most = {}, {}
             for name in self.encoding.streams:
                 segments = [self._decoded(kept[m][1][name], kept[m][0]) for m in members]
                 streams[name] = pack(segments, members, _shape(self.encoding.image))  # numbered without gaps: objectives gather by it
-            batches.append(Batch(streams, samples=len(kept), valid_tokens=sum(valid.values()), valid=valid))
+                most[name] = max(sum(kept[m][1][name].valid for m in bins[place]) for bins in ranks)
+            batches.append(Batch(streams, len(kept), sum(valid.values()), valid, most))
         return batches, stats
 
     def _records(self, places: Sequence[Place]) -> list[Record]:

@@ -40,6 +40,8 @@ class TensorPack:
     """int64[L]: positions whose *next* token is learned; the only ones that need logits."""
     targets: Tensor | None = None
     """int64[L]: those next tokens."""
+    most_learned: int = 0
+    """The largest L of all ranks' micro-batches at this place: work that is split by it is split alike everywhere."""
     images: Tensor | list[Tensor] | None = None
     """uint8[N, H, W, 3], or a list of uint8[H, W, 3] of their own sizes; the model normalises. A filler image has no slots."""
     image_slots: Tensor | None = None
@@ -108,12 +110,12 @@ def to_device(batch: Batch, device: str = "cpu", filler: Filler | None = None, s
     same_modules: ranks gather weights inside the passes (ZeRO-3 on several devices), so that all must run the same modules: a pack
     without images then gets the filler, to which no position in the text belongs.
     """
-    streams = {name: _pack(pack, device, filler, same_modules) for name, pack in batch.streams.items()}
+    streams = {name: _pack(pack, device, filler, same_modules, batch.most_valid.get(name, 0)) for name, pack in batch.streams.items()}
     samples = torch.unique(torch.cat([p.sample for p in streams.values()])) if streams else torch.zeros(0, dtype=torch.int64)
     return TensorBatch(streams, samples, batch.samples, batch.valid_tokens, sum(p.tokens for p in batch.streams.values()))
 
 
-def _pack(pack: Pack, device: str, filler: Filler | None, same_modules: bool) -> TensorPack:
+def _pack(pack: Pack, device: str, filler: Filler | None, same_modules: bool, most_valid: int) -> TensorPack:
     def move(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
@@ -128,6 +130,7 @@ def _pack(pack: Pack, device: str, filler: Filler | None, same_modules: bool) ->
         learned, targets = learned_positions(labels, lengths)
         made |= {"ids": move(ids), "labels": move(labels), "positions": move(positions), "lengths": torch.from_numpy(lengths)}
         made |= {"learned": move(learned), "targets": move(targets), "image_slots": move(pack.image_slots)}
+        made["most_learned"] = max(most_valid, len(learned))
     images, grids = pack.images, pack.grids
     if not len(images) and filler is not None and (same_modules or not segments):
         images = filler.image[None] if filler.uniform else [filler.image]

@@ -68,7 +68,8 @@ def save(
     partial = work / f".{final.name}.partial"
     guard()
     if engine.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in work.glob(".step-*.partial"):  # by an attempt that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier(engine.world)
     path = partial / f"rank-{engine.rank:05d}.safetensors"

@@ -44,6 +44,8 @@ def two_workers(tmp_path_factory) -> dict[str, dict[str, list[float]]]:
     jobs = {
         f"{name}, ZeRO {zero}": job(name, zero=zero, capacity=2 * MICRO if zero == 3 else MICRO) for name in OBJECTIVES for zero in range(4)
     }
+    # several chunks of logits, more on one rank than it has itself
+    jobs["chunks, ZeRO 3"] = job("one stream", zero=3, capacity=2 * MICRO, objective={"name": "next_token", "most_logits": 300})
     rows = str(kit.write_captions(folder / "rows", 40))
     for zero in STAGES:
         runtime = {"zero": zero, "deepspeed": PARTITIONED}
@@ -76,6 +78,11 @@ def test_accumulation_and_zero_stage(tmp_path, reference, name, zero):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_two_workers(reference, two_workers, name, zero):
     assert_same(two_workers[f"{name}, ZeRO {zero}"], reference[name])
+
+
+@pytest.mark.slow
+def test_two_workers_split_logits_alike(reference, two_workers):
+    assert_same(two_workers["chunks, ZeRO 3"], reference["one stream"])
 
 
 @pytest.mark.slow

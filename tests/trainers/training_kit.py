@@ -121,10 +121,11 @@ def micro_batches(rows: list[dict[str, Segment]], streams: Iterable[str], capaci
     """One rank's micro-batches of one step, as `datasets_ray.pipeline` lays them out."""
     costs = [sum(row[name].cost for name in streams) for row in rows]
     valid = {name: sum(row[name].valid for row in rows) for name in streams}
-    batches = []
-    for members in assign(costs, capacity, world)[rank]:
+    batches, ranks = [], assign(costs, capacity, world)
+    for place, members in enumerate(ranks[rank]):
         packs = {name: pack([rows[i][name] for i in members], members, (SIZE, SIZE)) for name in streams}
-        batches.append(Batch(packs, len(rows), sum(valid.values()), valid))
+        most = {name: max(sum(rows[i][name].valid for i in bins[place]) for bins in ranks) for name in streams}
+        batches.append(Batch(packs, len(rows), sum(valid.values()), valid, most))
     return batches
 
 

@@ -21,24 +21,23 @@ CHUNK_LOGITS = 1 << 26
 """Most logits held at once (0.25 GiB in fp32; a chunk's gradient takes as much again)."""
 
 
-def token_loss_sum(hidden: Tensor, head: nn.Module, learned: Tensor, targets: Tensor, vocabulary: int, most: int = CHUNK_LOGITS) -> Tensor:
+def token_loss_sum(hidden: Tensor, head: nn.Module, learned: Tensor, targets: Tensor, chunks: int = 1) -> Tensor:
     """−Σ log p(targets) in fp32, float[].
 
     hidden: float[T, D] last hidden states; head: D → vocabulary; learned: int64[L] positions in T; targets: int64[L].
-    Beyond `most` logits, chunks are recomputed in the backward pass instead of kept (one more product with the head).
+    Several chunks are recomputed in the backward pass instead of kept (one more product with the head).
     """
 
     def part(states: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head(states).float(), wanted, reduction="sum")
 
     states = hidden.index_select(0, learned)
-    rows = max(1, most // vocabulary)
-    if len(states) <= rows:
+    if chunks == 1:
         return part(states, targets)
     # ZeRO-3 frees weights between the passes, so the shapes kept by the first pass can't be compared with the second's
     again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False, "determinism_check": "none"}
-    chunks = zip(states.split(rows), targets.split(rows))
-    return torch.stack([checkpoint(part, s, t, **again) for s, t in chunks]).sum()
+    pairs = zip(states.tensor_split(chunks), targets.tensor_split(chunks))
+    return torch.stack([checkpoint(part, s, t, **again) for s, t in pairs]).sum()
 
 
 class NextToken:
@@ -59,7 +58,9 @@ class NextToken:
         """The same over hidden states that another objective has at hand."""
         vocabulary = getattr(model.lm_head, "out_features", None) or int(model.lm_head.weight.shape[0])
         assert pack.learned is not None and pack.targets is not None, f"stream {self.stream!r} holds no tokens"
-        return token_loss_sum(hidden, model.lm_head, pack.learned, pack.targets, vocabulary, self.most)
+        # as many chunks on every rank: under ZeRO-3 each one gathers the head from all of them
+        chunks = max(1, -(-pack.most_learned * vocabulary // self.most))
+        return token_loss_sum(hidden, model.lm_head, pack.learned, pack.targets, chunks)
 
     def normaliser(self, batch: TensorBatch) -> float:
         return float(max(1, batch.valid_tokens))

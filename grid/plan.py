@@ -21,7 +21,8 @@ from grid.models import Assets, Spec, stages_of
 from grid.profile import Profile
 from trainers.stages import KINDS
 
-EFFECT_AXES = ("encoder", "llm", "arch", "pretraining", "finetuning", "updating")
+HOLE = "\0"
+"""Where a rendered model goes; no spec holds this text."""
 
 
 class Planner:
@@ -230,13 +231,24 @@ def steps(rows: int, batch: int, epochs: float | None, fixed: int | None) -> int
 def dump(content: dict[str, Any]) -> str:
     """plan.json's text: one line per arm and stage, so that two plans can be compared line by line."""
     lines = []
+    models: dict[int, str] = {}
     for key, value in content.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+            text = "[\n" + ",\n".join([_line(item, models) for item in value]) + "\n]"
         else:
             text = json.dumps(value)
         lines.append(f"{json.dumps(key)}: {text}")
     return "{" + ",\n".join(lines) + "}\n"
+
+
+def _line(item: dict[str, Any], models: dict[int, str]) -> str:
+    """An item's JSON; a model that many stages share is rendered once."""
+    model = item.get("spec", {}).get("model")
+    if model is None:
+        return json.dumps(item)
+    if id(model) not in models:
+        models[id(model)] = json.dumps(model)
+    return json.dumps({**item, "spec": {**item["spec"], "model": HOLE}}).replace(json.dumps(HOLE), models[id(model)], 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -202,4 +202,6 @@ def test_the_text_names_every_arm_every_assumption_and_the_papers_cost(capsys, a
     assert said.startswith("profile tiny (--profile)")
     assert all(arm["name"] in said for arm in [*ablation["arms"], *ablation["references"]])
     assert all(entry["key"] in said for entry in ablation["study"]["assumptions"])
-    assert "MINIATURE" in said and "16 x A100-40GB, up to 20 h" in said and "3,072" in said
+    assert "MINIATURE" in said and "16 x A100-40GB, up to 20 h" in said
+    finetuning = next(stage["cost"] for stage in ablation["stages"] if stage["name"] == "finetune row-14")
+    assert f"{finetuning['rows']:,}" in said and f"{finetuning['steps']:,}" in said

@@ -45,7 +45,8 @@ def two_workers(tmp_path_factory) -> dict[str, dict[str, list[float]]]:
         f"{name}, ZeRO {zero}": job(name, zero=zero, capacity=2 * MICRO if zero == 3 else MICRO) for name in OBJECTIVES for zero in range(4)
     }
     # several chunks of logits, more on one rank than it has itself
-    jobs["chunks, ZeRO 3"] = job("one stream", zero=3, capacity=2 * MICRO, objective={"name": "next_token", "most_logits": 300})
+    chunked = {"objective": {"name": "next_token", "most_logits": 300}}
+    jobs["chunks, ZeRO 3"] = job("one stream", zero=3, capacity=2 * MICRO) | chunked
     rows = str(kit.write_captions(folder / "rows", 40))
     for zero in STAGES:
         runtime = {"zero": zero, "deepspeed": PARTITIONED}

@@ -40,18 +40,16 @@ def needs(planned: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def warm(what: dict[str, Any], device: str, rank: int) -> None:
-    """All of it, side by side where it waits on other processes. The process group must be up (DeepSpeed asks for it)."""
-    streaming = threading.Thread(target=_quietly, args=(_stream, what["tokenizers"]), daemon=True)
+    """All of it; Ray Data's processes start beside the rest and beside the first stages, which draw rows. The process group must be up
+    (DeepSpeed asks for it)."""
     if what["data"] and rank == 0:
-        streaming.start()
+        threading.Thread(target=_quietly, args=(_stream, what["tokenizers"]), name="warm-up", daemon=True).start()
     for kind in what["kinds"]:
         _quietly(stages.load, kind)
     for module in what["modules"]:
         _quietly(importlib.import_module, module)
     if what["deepspeed"]:
         _quietly(_engine, device)
-    if what["data"] and rank == 0:
-        streaming.join()
 
 
 def _quietly(function: Any, *arguments: Any) -> None:

@@ -1,1 +1,4 @@
-"""One stage at a time: models, objectives, the step, DeepSpeed, checkpoints, predicting and scoring. Knows no study, no Ray Tune, no MLflow."""
+"""One stage at a time: models, objectives, the step, DeepSpeed, checkpoints, predicting and scoring.
+
+It knows no study, no Ray Tune and no MLflow.
+"""

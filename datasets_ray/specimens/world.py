@@ -72,7 +72,8 @@ def _corpus(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Sp
 
 
 def _quizzes(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species) -> Row:
-    return row(id, messages=_turns(tuple(talk.quiz_turn(rng, species, spec["specific"], spec["answers"]) for _ in range(spec["turns"]))), label=species.name)
+    turns = tuple(talk.quiz_turn(rng, species, spec["specific"], spec["answers"]) for _ in range(spec["turns"]))
+    return row(id, messages=_turns(turns), label=species.name)
 
 
 def _chat_text(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species) -> Row:

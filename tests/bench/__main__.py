@@ -27,7 +27,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "measurements"
 
 def main() -> int:
     known = sorted(m.name for m in pkgutil.iter_modules(tests.bench.__path__) if m.name not in {"__main__", "figure"})
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", help=f"benchmarks to run: {', '.join(known)}")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()

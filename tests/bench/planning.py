@@ -9,23 +9,22 @@ import time
 from pathlib import Path
 
 from tests.bench.figure import Figure, repeat
+from tests.grid.studies import write_big
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def _plan(study: Path) -> float:
+def _plan(*words: str) -> float:
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "grid.plan", str(study), "--json"], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "grid.plan", *words], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def measure(repeats: int) -> list[Figure]:
     main = REPOSITORY / "experiments" / "full_ablation.yaml"
     with tempfile.TemporaryDirectory() as folder:
-        from tests.grid.big_study import write_big_study
-
-        big = write_big_study(Path(folder), arms=10_000)
+        big, profile = write_big(Path(folder))
         return [
-            Figure("grid.plan full_ablation, whole process", "s", repeat(repeats, lambda: _plan(main)), goal=1.5),
-            Figure("grid.plan 10,000 arms, whole process", "s", repeat(min(repeats, 3), lambda: _plan(big)), goal=5.0),
+            Figure("grid.plan full_ablation, whole process", "s", repeat(repeats, lambda: _plan(str(main), "--json")), goal=1.5),
+            Figure("grid.plan 10,000 arms, whole process", "s", repeat(repeats, lambda: _plan(big, "--profile", profile)), goal=5.0),
         ]

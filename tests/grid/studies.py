@@ -117,3 +117,11 @@ def changed(text: str, old: str, new: str) -> str:
     """The text with its only `old` replaced; a test that changes nothing would prove nothing."""
     assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times"
     return text.replace(old, new)
+
+
+def write_big(directory: Path) -> tuple[str, str]:
+    """A study of 10,000 arms (8 cells, 1,250 seeds each) and its profile."""
+    entries = "  - {product: {encoder: [weak, strong], llm: [talker, thinker], updating: [connector, full]}, seeds: [%s]}\n"
+    start, end = STUDY.index("  - {name: first}"), STUDY.index("references:")
+    study = STUDY[:start] + entries % ", ".join(map(str, range(100, 1350))) + STUDY[end:].replace("controls: {arms: [first]}\n", "")
+    return write(directory, study, PROFILE)

@@ -14,7 +14,7 @@ import pytest
 from grid import plan as planning
 from grid.identity import stage_id
 from grid.plan import make_plan
-from tests.grid.studies import PROFILE, STUDY, changed, write
+from tests.grid.studies import STUDY, changed, write, write_big
 
 ROOT = Path(__file__).resolve().parents[2]
 ABLATION = ROOT / "experiments" / "full_ablation.yaml"
@@ -183,10 +183,7 @@ def test_planning_loads_neither_torch_nor_ray():
 
 
 def test_ten_thousand_arms(tmp_path):
-    entries = "  - {product: {encoder: [weak, strong], llm: [talker, thinker], updating: [connector, full]}, seeds: [%s]}\n"
-    start, end = STUDY.index("  - {name: first}"), STUDY.index("references:")
-    study = STUDY[:start] + entries % ", ".join(map(str, range(100, 1350))) + STUDY[end:].replace("controls: {arms: [first]}\n", "")
-    file, profile = write(tmp_path, study, PROFILE)
+    file, profile = write_big(tmp_path)
     plan = make_plan(file, profile=profile)
     assert len(plan["arms"]) == 10_000 == len({arm["name"] for arm in plan["arms"]})
     pretrained = [stage for stage in plan["stages"] if stage["name"].startswith("pretrain")]

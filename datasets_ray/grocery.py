@@ -24,7 +24,7 @@ def pretty(name: str) -> str:
 
 def _classes(root: Path) -> dict[int, tuple[str, str, tuple[str, ...]]]:
     """Fine class id → (name, coarse name, descriptions)."""
-    found = {}
+    found: dict[int, tuple[str, str, tuple[str, ...]]] = {}
     with (root / "classes.csv").open(newline="", encoding="utf-8") as file:
         for record in csv.DictReader(file):
             text = root / record["Product Description Path (str)"].lstrip("/")

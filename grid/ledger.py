@@ -50,7 +50,8 @@ class LedgerCore:
         for name in ("ledger.jsonl", "timeline.jsonl"):
             mend(self.folder / name)
         self.stages: dict[str, dict[str, Any]] = {stage["id"]: stage for stage in plan["stages"]}
-        self.arms: dict[str, list[str]] = {arm["name"]: arm["stages"] for arm in [*plan["arms"], *plan.get("references", [])]}
+        # stand-ins for released models first: their chains of stages are the longest, and left to the end they would run alone
+        self.arms: dict[str, list[str]] = {arm["name"]: arm["stages"] for arm in [*plan.get("references", []), *plan["arms"]]}
         finished = set(done)
         self.state = {i: DONE if i in finished else WAITING for i in self.stages}
         self.reason: dict[str, str] = {}

@@ -159,7 +159,7 @@ class LedgerCore:
         entry["dead"] = True
         for stage in [i for i, holder in self.lane_of.items() if holder == lane]:
             self.fail(lane, stage, {"kind": "infrastructure", "message": f"{lane} ended: {message}"})
-        if all(other["dead"] for other in self.lanes.values()):
+        if not self.stop and all(other["dead"] for other in self.lanes.values()):  # a run that is stopping ends its lanes itself
             for stage in [i for i in self.stages if self.state[i] == WAITING]:
                 self.state[stage], self.reason[stage] = FAILED, f"no lane is left ({message})"
                 self._journal("fail", stage, kind="infrastructure", message=self.reason[stage], final=True)

@@ -24,7 +24,7 @@ setup: .venv/.ready ## the environment in .venv, from requirements.lock (about 3
 	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## the main study on the tiny profile: 22 arms trained, evaluated, reported (two cores, under 15 minutes)
+demo: setup ## the main study on the tiny profile: 22 arms trained, evaluated, reported (two cores, about a quarter of an hour)
 	$(PY) -m grid.run experiments/full_ablation.yaml --profile tiny --out $(OUT)
 
 test: setup ## the whole test suite

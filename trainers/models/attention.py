@@ -118,7 +118,7 @@ class Segments:
         """float[T, H, d] by scaled-dot-product attention over the buckets."""
         heads, width = q.shape[1], q.shape[2]
         if not self.in_place:
-            q, k, v = (x.index_select(0, self.gather) for x in (q, k, v))
+            q, k, v = (Spread.apply(x, self.gather, self.restore) for x in (q, k, v))  # type: ignore[misc]
         outputs, offset = [], 0
         for rows, length in self.buckets:
             part = slice(offset, offset + rows * length)
@@ -129,7 +129,35 @@ class Segments:
             outputs.append(out.transpose(1, 2).reshape(rows * length, heads, width))
             offset += rows * length
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return packed if self.in_place else packed.index_select(0, self.restore)
+        return packed if self.in_place else Collect.apply(packed, self.gather, self.restore)  # type: ignore[return-value]
+
+
+class Spread(torch.autograd.Function):
+    """Tokens [T, ...] → slots [S, ...]: x[gather]. A pad's gradient is zero, so the way back is a selection where autograd would add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Tensor, restore: Tensor) -> Tensor:
+        ctx.save_for_backward(restore)
+        return x.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Collect(torch.autograd.Function):
+    """Slots [S, ...] → tokens [T, ...]: x[restore]. Every token has a slot of its own; pads get a zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gather: Tensor, restore: Tensor) -> Tensor:
+        ctx.save_for_backward(restore)
+        ctx.slots = len(gather)
+        return x.index_select(0, restore)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        outer = gradients[0]
+        return outer.new_zeros(ctx.slots, *outer.shape[1:]).index_copy_(0, ctx.saved_tensors[0], outer), None, None
 
 
 def packed_attention(

@@ -28,6 +28,7 @@ FAMILIES: dict[str, str] = {
     "qwen2_vl": "trainers.models.qwen2_vl:Qwen2Vl",
     "causal_lm": "trainers.models.language:CausalLM",
     "clip": "trainers.models.clip:Clip",
+    "existing": "trainers.models.existing:Existing",
 }
 
 
@@ -53,7 +54,25 @@ def build(spec: dict[str, Any], ctx: Context, *, image: dict[str, Any] | None = 
     if precision == "bf16":
         model.to(torch.bfloat16)
     model.activation_checkpointing(bool(ctx.runtime.get("activation_checkpointing", False)))
+    if "model" in stage:  # a stage that reads text with it
+        _check_vocabulary(model, spec)
     return model.eval()
+
+
+def _check_vocabulary(model: Any, spec: dict[str, Any]) -> None:
+    """UserError if the tokenizer has ids beyond the embedding: found here, not at the first row that holds such a token. More rows than
+    tokens are fine (vocabularies are padded)."""
+    from datasets_ray.tokens import load_tokenizer
+
+    name = spec.get("tokenizer") or getattr(model, "tokenizer", None)
+    if name is None:
+        return
+    ids, rows = max(load_tokenizer(name).get_vocab().values()) + 1, model.vocabulary
+    if ids > rows:
+        raise UserError(
+            f"tokenizer {name!r} has {ids} tokens, the model's embedding {rows} rows",
+            why="they are not of one model", hint="give the language model its own tokenizer",
+        )  # fmt: skip
 
 
 def train_parts(model: Any, names: set[str]) -> None:

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from datasets_ray.errors import UserError
 from datasets_ray.images import CLIP_MEAN, CLIP_STD, recipe_from_json
-from trainers.models.encoders import normalise, open_clip_config
+from trainers.models.clip_names import to_open_clip
+from trainers.models.encoders import normalise, open_clip_config, released_open_clip
 from trainers.models.weights import Source, make_part
 
 
@@ -29,7 +30,9 @@ def open_clip_model(config: dict[str, Any]) -> nn.Module:
     if text is None or text.get("hf_model_name") or text.get("no_causal_mask"):
         raise UserError("this open_clip model's text tower is not CLIP's causal transformer", hint="text_cfg of a ViT-* model")
     # [1] and not []: DeepSpeed broadcasts every parameter as bytes, which a tensor without dimensions can't be viewed as
-    return CLIP(**{**fields, "nonscalar_logit_scale": True})
+    model = CLIP(**{**fields, "nonscalar_logit_scale": True})
+    model.released = to_open_clip  # a transformers CLIPModel's checkpoint holds the same tensors
+    return model
 
 
 class Clip(nn.Module):
@@ -50,15 +53,19 @@ class Clip(nn.Module):
             self.mean, self.std = recipe.mean, recipe.std
 
     @classmethod
-    def build(cls, spec: dict[str, Any], source: Source) -> Clip:
+    def build(cls, spec: dict[str, Any], source: Source) -> Any:
+        """A Clip; a Siglip where transformers_vision builds it."""
         part = spec["parts"]["encoder"]
         if part["builder"] != "open_clip":
-            raise UserError(f"clip family with builder {part['builder']!r}", hint="builder: open_clip")
-        module = make_part("encoder", part, source, lambda: open_clip_model(part["config"]))
+            from trainers.models.siglip import Siglip
+
+            return Siglip.build(spec, source)
+        config = released_open_clip(part, source)
+        module = make_part("encoder", part, source, lambda: open_clip_model(config))
         size: int = module.visual.image_size[0]  # type: ignore[union-attr, index, assignment]
         if source.image is not None and source.image.get("size") != size:
             raise UserError(f"images of size {source.image.get('size')} for a CLIP of size {size}", hint=f"kind: square, size: {size}")
-        return cls(module, part["config"], source.image)
+        return cls(module, config, source.image)
 
     @property
     def clip(self) -> Any:
@@ -68,6 +75,11 @@ class Clip(nn.Module):
     def width(self) -> int:
         """E."""
         return self.clip.text_projection.shape[-1]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the text tower's embedding."""
+        return self.clip.token_embedding.num_embeddings
 
     @property
     def context_length(self) -> int:

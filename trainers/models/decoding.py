@@ -1,9 +1,11 @@
-"""Batched greedy decoding: prompts go in packed, their keys and values come out as a left-padded batch that grows by a column a step.
+"""Batched decoding: prompts go in packed, their keys and values stay as a batch whose columns grow.
 
     pack of S prompts ──prefill──► KeyValues [S, G, L, d] per layer ──step(ids int64[S])──► logits float[S, V] ──► ...
+    prefixes read once ──extend(parents int64[S], pack)──► S prompts that go on from them
+    S prompts ──branches(rows int64[B], pack)──► B continuations tried on them, several a prompt; nothing is kept
 
-Left padding puts the next token of every prompt into the same column. Positions are per prompt and have nothing to do with columns,
-so a prompt's logits don't depend on its neighbours (fp32: greedy text equals one-by-one decoding).
+The next token of every prompt takes the same new column; columns that hold nothing of a prompt are masked. Positions are per prompt and
+have nothing to do with columns, so a prompt's logits don't depend on its neighbours (fp32: greedy text equals one-by-one decoding).
 """
 
 from __future__ import annotations
@@ -20,44 +22,79 @@ ROOM = 16
 """Columns added whenever a batch of keys and values is full."""
 
 
+class Placement:
+    """Where the tokens of a pack go: segment b is new columns of prompt rows[b], after those of earlier segments of the same prompt.
+
+    rows, lengths: one per segment, host. S prompts get L new columns each, L the most that any of them needs.
+    """
+
+    def __init__(self, rows: Sequence[int], lengths: Sequence[int], prompts: int, device: torch.device | str) -> None:
+        size, row = torch.tensor(list(lengths)), torch.tensor(list(rows))
+        used, begins = [0] * prompts, []
+        for prompt, length in zip(rows, lengths):
+            begins.append(used[prompt])
+            used[prompt] += length
+        self.width = max(used)
+        segment = torch.arange(len(size)).repeat_interleave(size)
+        column = torch.arange(len(segment)) - (size.cumsum(0) - size)[segment] + torch.tensor(begins)[segment]
+        slot = row[segment] * self.width + column
+        # A column that holds nothing repeats token 0: finite, masked, never restored.
+        index = torch.zeros(prompts * self.width, dtype=torch.long)
+        owner = torch.full((prompts * self.width,), -1)
+        index[slot], owner[slot] = torch.arange(len(segment)), segment
+        self.index, self.slot = index.to(device), slot.to(device)
+        self.owner = owner.view(prompts, self.width).to(device)
+        """int64[S, L]: the segment that each new column belongs to, -1 where there is none."""
+
+    def spread(self, packed: Tensor) -> Tensor:
+        """float[1, G, T, d] → float[S, G, L, d]."""
+        return packed[0].index_select(1, self.index).unflatten(1, self.owner.shape).transpose(0, 1)
+
+    def gather(self, batch: Tensor) -> Tensor:
+        """float[S, H, L, d] → float[1, T, H, d]."""
+        return batch.transpose(1, 2).flatten(0, 1).index_select(0, self.slot)[None]
+
+
 class KeyValues:
     """Keys and values of all layers, float[S, G, capacity, d] each: what transformers models call `past_key_values`."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str) -> None:
-        self.width = max(lengths)
-        self.prefilling = True
-        size = torch.tensor(list(lengths))
-        ends = size.cumsum(0)
-        column = torch.arange(self.width)[None]
-        first = (self.width - size)[:, None]
-        # Column c of prompt s holds token c - (width - length) of its segment; pads repeat its first token and are masked.
-        index = (ends - size)[:, None] + (column - first).clamp(min=0)
-        self.index = index.flatten().to(device)
-        self.visible = (column >= first).to(device)
+    def __init__(self, prompts: int, device: torch.device | str) -> None:
+        self.width = 0
+        self.visible = torch.zeros(prompts, 0, dtype=torch.bool, device=device)
         """bool[S, width]: columns that hold a token."""
+        self.new: Placement | None = None
+        """Where the tokens of the pass under way go; None: one a prompt, into the last column."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
-        """Prefill: stores packed float[1, G, T, d] as a padded batch and hands it back. Step: appends float[S, G, 1, d], returns all."""
-        if self.prefilling:
-            assert layer_idx == len(self.keys), "layers fill the store in order"
-            self.keys.append(self._padded(key))
-            self.values.append(self._padded(value))
+        """Stores a layer's new keys and values, float[1, G, T, d] by `new` or float[S, G, 1, d]; returns what attention looks at:
+        the pack itself where prompts begin, else all columns float[S, G, columns, d]."""
+        start, end = (self.width - 1, self.width) if self.new is None else (self.width, self.width + self.new.width)
+        for store, packed in ((self.keys, key), (self.values, value)):
+            columns = packed if self.new is None else self.new.spread(packed)
+            if layer_idx == len(store):
+                store.append(F.pad(columns, (0, 0, 0, ROOM)))
+                continue
+            if store[layer_idx].shape[2] < end:
+                store[layer_idx] = F.pad(store[layer_idx], (0, 0, 0, end + ROOM - store[layer_idx].shape[2]))
+            store[layer_idx][:, :, start:end] = columns
+        if start == 0:
             return key, value
-        column = self.width - 1  # the step has already opened the column
-        for store, new in ((self.keys, key), (self.values, value)):
-            if store[layer_idx].shape[2] <= column:
-                store[layer_idx] = F.pad(store[layer_idx], (0, 0, 0, ROOM))
-            store[layer_idx][:, :, column] = new[:, :, 0]
-        return self.keys[layer_idx][:, :, : self.width], self.values[layer_idx][:, :, : self.width]
+        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
 
-    def _padded(self, packed: Tensor) -> Tensor:
-        batch = packed[0].index_select(1, self.index).unflatten(1, self.visible.shape)  # [G, S, width, d]
-        return F.pad(batch.transpose(0, 1), (0, 0, 0, ROOM))
+    def keep(self) -> None:
+        """The tokens of this pass belong to their prompts from now on."""
+        assert self.new is not None
+        self.visible = torch.cat([self.visible, self.new.owner >= 0], 1)
+        self.width += self.new.width
+        self.new = None
+
+    def forget(self) -> None:
+        """The tokens of this pass were only tried; their columns are written again."""
+        self.new = None
 
     def open_column(self) -> None:
-        self.prefilling = False
         self.width += 1
         self.visible = F.pad(self.visible, (0, 1), value=True)
 
@@ -65,6 +102,15 @@ class KeyValues:
         self.keys = [k[rows] for k in self.keys]
         self.values = [v[rows] for v in self.values]
         self.visible = self.visible[rows]
+
+    def branch(self, parents: Tensor, room: int) -> KeyValues:
+        """A copy whose prompt s is this one's prompt parents[s], with room for so many more columns."""
+        made = KeyValues(0, self.visible.device)
+        made.width, made.visible = self.width, self.visible[parents]
+        made.keys, made.values = (
+            [F.pad(layer[:, :, : self.width][parents], (0, 0, 0, room + ROOM)) for layer in store] for store in (self.keys, self.values)
+        )
+        return made
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Part of transformers' cache interface; positions are always passed, so that nothing is derived from it."""
@@ -84,6 +130,33 @@ class Step:
         grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self.visible[:, None, None], scale=scale)
         return out.reshape(rows, 1, heads, width)
+
+
+class Extension:
+    """Packing of several new tokens a prompt: each sees the columns before (visible bool[S, W]) and its own segment up to itself."""
+
+    def __init__(self, placement: Placement, visible: Tensor) -> None:
+        owner, new = placement.owner, placement.width
+        own = (owner[:, :, None] == owner[:, None]) & torch.ones(new, new, dtype=torch.bool, device=owner.device).tril()
+        self.sees = torch.cat([visible[:, None].expand(-1, new, -1), own], 2)  # bool[S, L, W + L]
+        self.placement, self.longest = placement, self.sees.shape[2]
+        self._bias: Tensor | None = None
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query float[1, H, T, d], key, value float[S, G, W + L, d] → float[1, T, H, d]."""
+        batch = self.placement.spread(query)
+        prompts, heads, new, width = batch.shape
+        each = heads // key.shape[1]
+        grouped = batch.reshape(prompts, key.shape[1], each * new, width)  # a group's heads ride as its queries
+        out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=self._mask(each, query.dtype), scale=scale)
+        return self.placement.gather(out.reshape(prompts, heads, new, width))
+
+    def _mask(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """float[S, 1, heads * L, W + L], 0 or -inf; the same for all layers."""
+        if self._bias is None:
+            bias = torch.zeros(self.sees.shape, dtype=dtype, device=self.sees.device).masked_fill_(~self.sees, float("-inf"))
+            self._bias = bias[:, None].repeat(1, 1, heads, 1)
+        return self._bias
 
 
 @dataclass

@@ -8,7 +8,8 @@ for positions that nobody learns from (152k columns for Qwen2). Shapes: T tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets_ray.errors import UserError
-from trainers.models import attention
-from trainers.models.decoding import DecodeState, KeyValues, Step
+from trainers.models import attention, support
+from trainers.models.decoding import DecodeState, Extension, KeyValues, Placement, Step
+from trainers.models.lean import lean
+from trainers.models.released import Index, as_transformers, text_config
 from trainers.models.weights import Source, make_part
 
 
-def causal_lm(config: dict[str, Any]) -> nn.Module:
-    """A causal LM from a Hugging Face config dict with its `model_type`; weights by whatever initialisation is in force."""
+def causal_lm(config: dict[str, Any], released: bool = False) -> nn.Module:
+    """A causal LM from a Hugging Face config dict with its `model_type`; weights by whatever initialisation is in force. released: they
+    will come from a hub checkpoint. Raises UserError for a family that doesn't exist or that packs would compute wrongly."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     fields = dict(config)
@@ -31,22 +35,32 @@ def causal_lm(config: dict[str, Any]) -> nn.Module:
         raise UserError("a causal_lm config without model_type", hint="model_type: llama, qwen2, ... as in the model's config.json")
     try:
         hf = AutoConfig.for_model(kind, **fields)
-    except ValueError as error:
-        raise UserError(f"no language model of type {kind!r}", why=str(error).splitlines()[0]) from None
-    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(hf, field, None) not in (None, 1, 1.0):
-            raise UserError(f"{kind} sets {field}", why="logits are the output embedding of the hidden state and nothing else")
-    model = AutoModelForCausalLM.from_config(hf, attn_implementation=attention.register(), dtype=torch.float32)
+    except Exception as error:  # the library's config validation has several exceptions of its own
+        raise UserError(f"no language model of type {kind!r}", why=str(error).strip().splitlines()[0]) from None
+    support.refuse(hf, released)
+    try:
+        model = AutoModelForCausalLM.from_config(hf, attn_implementation=attention.register(), dtype=torch.float32)
+    except Exception as error:  # no such class, no such attention: each family has its own way of saying so
+        why = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
+        hint = "llama, mistral, qwen2, qwen3 and their like"
+        raise UserError(f"{kind!r} is no causal language model that runs on packs", why=why, hint=hint) from None
     model.tie_weights()  # part of the initialisation that loading skips
-    return model
+    model.released = partial(_released, type(model).__name__, kind)
+    return lean(model)
+
+
+def _released(name: str, kind: str, found: Index) -> Index:
+    return as_transformers(found, name, kind)
 
 
 def llm_part(part: dict[str, Any], source: Source) -> nn.Module:
-    """The `llm` part: `{"builder": "causal_lm", "config": {...}, "weights": W}`. An empty config is read from the checkpoint."""
-    config = part["config"]
-    if not config or set(config) == {"name"}:
-        config = source.config_of(part)
-    return without_dropout(make_part("llm", part, source, lambda: causal_lm(config)))
+    """The `llm` part: `{"builder": "causal_lm", "config": {...}, "weights": W}`. An empty config is read from the checkpoint, which may
+    hold a whole Llava."""
+    config = source.config(part, text_config, ("name",))
+    released = "checkpoint" in part["weights"]
+    llm = without_dropout(make_part("llm", part, source, lambda: causal_lm(config, released)))
+    support.check(llm)
+    return llm
 
 
 def without_dropout(module: nn.Module) -> nn.Module:
@@ -54,7 +68,7 @@ def without_dropout(module: nn.Module) -> nn.Module:
     for child in module.modules():
         if isinstance(child, nn.Dropout):
             child.p = 0.0
-        if getattr(child, "attention_dropout", 0.0):
+        if isinstance(getattr(child, "attention_dropout", None), float):
             child.attention_dropout = 0.0  # type: ignore[assignment]
     return module
 
@@ -76,6 +90,11 @@ class TextModel(nn.Module):
     def width(self) -> int:
         """D."""
         return self.llm.get_input_embeddings().embedding_dim
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: V, or fewer of them than tokens exist where the tokenizer is another model's."""
+        return self.llm.get_input_embeddings().num_embeddings
 
     @property
     def lm_head(self) -> nn.Module:
@@ -128,16 +147,44 @@ class TextModel(nn.Module):
     @torch.no_grad()
     def start(self, pack: Any) -> DecodeState:
         """Reads a pack of S prompts; the state holds the logits float[S, V] that follow each."""
-        assert not self.training, "predict in eval mode: activation checkpointing would drop the cache"
         lengths, device = pack.lengths.tolist(), pack.ids.device
-        cache = KeyValues(lengths, device)
+        cache = KeyValues(len(lengths), device)
+        cache.new = Placement(range(len(lengths)), lengths, len(lengths), device)
+        return self._read(pack, cache, attention.Segments(lengths, device))
+
+    @torch.no_grad()
+    def extend(self, state: DecodeState, parents: Tensor, pack: Any) -> DecodeState:
+        """S prompts that begin alike: prompt s is what `state` has read as prompt parents[s] (int64[S]), then segment s of the pack.
+        `state` stays as it is."""
+        lengths, device = pack.lengths.tolist(), pack.ids.device
+        cache = state.cache.branch(parents, max(lengths))
+        cache.new = Placement(range(len(lengths)), lengths, len(lengths), device)
+        return self._read(pack, cache, Extension(cache.new, cache.visible), state.positions[parents])
+
+    @torch.no_grad()
+    def branches(self, state: DecodeState, rows: Sequence[int], pack: Any) -> Tensor:
+        """Tries B continuations: segment b of the pack after prompt rows[b], any number a prompt. Their hidden states, float[T, D];
+        `state` stays as it is."""
+        state.cache.new = placement = Placement(rows, pack.lengths.tolist(), len(state), pack.ids.device)
+        segment = torch.as_tensor(rows).repeat_interleave(pack.lengths).to(pack.ids.device)
+        positions = self.positions(pack) + state.positions[segment]
+        hidden = self._run(self.embed(pack)[None], positions, Extension(placement, state.cache.visible), state.cache)[0]
+        state.cache.forget()
+        return hidden
+
+    def _read(self, pack: Any, cache: KeyValues, packing: attention.Packing, following: Tensor | None = None) -> DecodeState:
+        """A pass over new tokens that stay. following: int64[S], each prompt's next position so far; None: prompts begin."""
+        assert not self.training, "predict in eval mode: activation checkpointing would drop the cache"
+        lengths = pack.lengths.to(pack.ids.device)
+        segment = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         positions = self.positions(pack)
-        hidden = self._run(self.embed(pack)[None], positions, attention.Segments(lengths, device), cache)[0]
-        ends = torch.as_tensor(lengths, device=device).cumsum(0)
-        segment = torch.arange(len(lengths), device=device).repeat_interleave(torch.as_tensor(lengths, device=device))
+        if following is not None:
+            positions = positions + following[segment]
+        hidden = self._run(self.embed(pack)[None], positions, packing, cache)[0]
+        cache.keep()
         furthest = positions.reshape(-1, positions.shape[-1]).amax(0)
         following = furthest.new_zeros(len(lengths)).scatter_reduce(0, segment, furthest, "amax", include_self=False) + 1
-        return DecodeState(cache, following, self.logits(hidden[ends - 1]))
+        return DecodeState(cache, following, self.logits(hidden[lengths.cumsum(0) - 1]))
 
     @torch.no_grad()
     def step(self, state: DecodeState, ids: Tensor) -> Tensor:

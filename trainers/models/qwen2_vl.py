@@ -24,6 +24,7 @@ from datasets_ray.errors import UserError
 from datasets_ray.images import CLIP_MEAN, CLIP_STD, recipe_from_json
 from trainers.models import attention
 from trainers.models.language import TextModel, without_dropout
+from trainers.models.lean import lean
 from trainers.models.vlm import replace_placeholders
 from trainers.models.weights import Source, make_part
 
@@ -110,7 +111,7 @@ class LanguagePart(nn.Module):
         from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
         text = config.text_config
-        self.model = Qwen2VLTextModel._from_config(text, attn_implementation=attention.register())
+        self.model = lean(Qwen2VLTextModel._from_config(text, attn_implementation=attention.register()))
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=text.initializer_range)
         if config.tie_word_embeddings:
@@ -132,6 +133,7 @@ class Qwen2Vl(TextModel):
 
     def __init__(self, parts: dict[str, nn.Module], config: Any, image: dict[str, Any] | None) -> None:
         super().__init__(parts)
+        self.config = config
         vision = config.vision_config
         self.patch, self.merge, self.temporal = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self.mean: tuple[float, ...] = CLIP_MEAN
@@ -149,7 +151,10 @@ class Qwen2Vl(TextModel):
         from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLConfig
 
         parts = spec["parts"]
-        configs = {name: part["config"] or source.config_of(part) for name, part in parts.items()}
+        configs = {name: source.config(part, lambda released: released) for name, part in parts.items()}
+        kind = configs["llm"].get("model_type", "qwen2_vl")
+        if kind != "qwen2_vl":
+            raise UserError(f"a checkpoint of type {kind!r} for a qwen2_vl", why="it is another architecture", hint="Qwen/Qwen2-VL-*")
         for name, fields in configs.items():
             if fields != configs["llm"]:
                 raise UserError(f"qwen2_vl: {name} and llm have different configs", why="the parts of one architecture share its config")

@@ -13,7 +13,6 @@ and ZeRO stage gives the same bits as never stopping.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from trainers import rng
 from trainers.engine import MOMENTS, Engine, Fragment
+from trainers.store import sha256, sync
 
 MARKER = "COMPLETE.json"
 KEPT = 2
@@ -49,11 +49,6 @@ class Progress:
     samples: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     """What happened to the rows so far (`datasets_ray.encoding.Stats`)."""
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save(
@@ -81,11 +76,11 @@ def save(
     if engine.rank == 0:
         marker = {"progress": vars(progress), "world": engine.world, "zero": engine.zero, "files": files}
         (partial / MARKER).write_text(json.dumps(marker))
-        _sync(partial / MARKER)
+        sync(partial / MARKER)
         guard()
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        _sync(work)
+        sync(work)
         for old in complete(work)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
     _barrier(engine.world)
@@ -101,16 +96,8 @@ def _tensors(fragments: dict[str, Fragment]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _sealed(path: Path) -> dict[str, Any]:
-    _sync(path)
+    sync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _barrier(world: int) -> None:

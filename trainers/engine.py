@@ -11,6 +11,11 @@ What is taken care of here, each found in DeepSpeed 0.19.8's source:
 - ZeRO-3 keeps the last step's gradient of a parameter that the next step doesn't visit: the buffer is cleared after each step.
 - An engine is destroyed a second time when it is garbage-collected, and takes the next engine's links with it: only the first counts.
 - The CPU build of shared-memory collectives would be compiled at the first engine; it serves inference only and is turned off.
+- At 16 bits gradients would be reduced at 16 bits: reductions are set to fp32, as accumulation is. ZeRO 1 would keep the 16-bit gradients
+  beside the fp32 ones to the end of the step: each is added up as it comes and dropped.
+- ZeRO 3 replaces `torch.nn.functional.linear` for the rest of the process, whose later stages would compute other bits than a fresh one's:
+  it is put back when the engine goes.
+- Offloading insists on an AdamW of its own, compiled on first use; torch's fused one runs on the host as well and is what is used.
 """
 
 from __future__ import annotations
@@ -31,6 +36,8 @@ from trainers.batch import TensorBatch
 from trainers.objectives.base import Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 200_000_000
+"""Most elements that are reduced, or gathered, at once: 0.75 GiB in fp32."""
 
 
 @lru_cache(maxsize=1)
@@ -104,9 +111,11 @@ class Trainee(nn.Module):
 
 
 def config(
-    groups: list[dict[str, Any]], precision: str, zero: int, clip: float | None, more: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """DeepSpeed's configuration. more: keys laid over it (`runtime: {"deepspeed": {...}}`), one level deep."""
+    groups: list[dict[str, Any]], precision: str, zero: int, clip: float | None, more: Mapping[str, Any] | None = None,
+    *, offload: bool = False, pinned: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """DeepSpeed's configuration. more: keys laid over it (`runtime: {"deepspeed": {...}}`), one level deep; pinned: offloaded state lies in
+    page-locked memory (a GPU's copies need it to run beside the computation)."""
     largest = max(1, sum(p.numel() for g in groups for p in g["params"]))
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -114,13 +123,16 @@ def config(
         "zero_optimization": {
             "stage": zero,
             # the buffers are allocated whole: no larger than what can ever be in them
-            "reduce_bucket_size": min(largest, 500_000_000),
-            "allgather_bucket_size": min(largest + largest % 2, 500_000_000),
+            "reduce_bucket_size": min(largest, BUCKET),
+            "allgather_bucket_size": min(largest + largest % 2, BUCKET),
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": pinned}} if offload else {}),
         },
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": float(clip or 0.0),
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
         "steps_per_print": None,
     }
     for key, value in (more or {}).items():
@@ -132,18 +144,19 @@ class Engine:
     """One phase's training engine over a model whose trained parts are already set (`models.train_parts`).
 
     groups: from `optim.parameter_groups`. optimizer: `{"betas", "eps"}`. zero: 0-3; bf16 without ZeRO has no fp32 accumulation in
-    DeepSpeed, so 0 becomes 1 there (`self.zero` says what runs). Every rank makes it at the same time.
+    DeepSpeed, so 0 becomes 1 there. offload: masters and moments lie in the host's memory and AdamW runs there; from ZeRO 2 on, so less
+    becomes 2. `self.zero` says what runs. Every rank makes it at the same time.
     """
 
     def __init__(
         self, model: nn.Module, objective: Objective, groups: list[dict[str, Any]], optimizer: Mapping[str, Any],
         *, zero: int = 0, precision: str = "fp32", clip: float | None = None, device: str = "cpu", rank: int = 0, world: int = 1,
-        more: Mapping[str, Any] | None = None,
+        offload: bool = False, more: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         deepspeed = load_deepspeed(device)
         ensure_process_group(rank, world, device)
         self.device, self.rank, self.world = device, rank, world
-        self.zero = 1 if precision == "bf16" and zero == 0 else zero
+        self.zero = max(zero, 2 if offload else 1 if precision == "bf16" else 0)
         self.clip = clip
         self.parts = [group["part"] for group in groups]
         self.params = [list(group["params"]) for group in groups]
@@ -152,7 +165,7 @@ class Engine:
         adamw = torch.optim.AdamW(
             groups, betas=tuple(optimizer.get("betas", (0.9, 0.999))), eps=float(optimizer.get("eps", 1e-8)), fused=True
         )  # fmt: skip
-        settings = config(groups, precision, self.zero, clip, more)
+        settings = config(groups, precision, self.zero, clip, more, offload=offload, pinned=offload and device.startswith("cuda"))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=Trainee(model, objective), optimizer=adamw, config=settings, dist_init_required=False
         )  # fmt: skip
@@ -262,6 +275,10 @@ class Engine:
         self.engine.destroy()
         # DeepSpeed destroys once more whenever the garbage collector finds the engine, and would cut the next one's links to its masters
         self.engine.destroy = lambda: None
+        if self.zero == 3:
+            from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+            torch.nn.functional.linear = getattr(InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear)
         self.engine.optimizer = self.engine.basic_optimizer = None
         for params in self.params:
             for p in params:

@@ -1,9 +1,8 @@
 """Estimates: a planned stage in; steps, FLOPs by part, GPU-hours, memory and disk out. From shapes alone, assumptions said.
 
 FLOPs (Kaplan et al. 2020, section 2.1): a frozen part costs its forward pass, 2N a token, and 2N more where a gradient passes through
-it; a trained part costs 6N. Attention terms are counted beside. Activation recomputation is no model FLOP.
-Memory: weights, gradients (accumulated in fp32) and Adam's state by ZeRO stage (Rajbhandari et al. 2020, figure 1), activations
-34 * tokens * width bytes a layer at 16 bits with fused attention (Korthikanti et al. 2022, equation 2 without its softmax term).
+it; a trained part costs 6N, one with adapters 4N and their own 6N. Attention terms are counted beside. Activation recomputation is no
+model FLOP. Memory is grid.footprint's; `auto` in a stage's runtime becomes the fastest setting that fits a device.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from grid import shapes
+from grid import devices, fit, shapes
+from grid.fit import HEADROOM
+from grid.footprint import Adapter
 from grid.graph import Graph, Stage
 from grid.profile import Profile
 from grid.shapes import Shape
 from grid.study import PaperCost
 
 GIB = 2.0**30
-ORDER = ((0, False), (1, False), (2, False), (1, True), (2, True), (3, False), (3, True))
-"""(ZeRO stage, activation checkpointing) from fastest to leanest: what `auto` tries."""
-HEADROOM = 0.9
-"""Share of a device's memory that a plan may fill; the rest is workspace and fragmentation."""
 
 
 class Estimator:
@@ -31,6 +28,9 @@ class Estimator:
     def __init__(self, graph: Graph, profile: Profile) -> None:
         self.graph, self.profile = graph, profile
         self.bytes = 2 if profile.precision == "bf16" else 4
+        device = profile.device
+        self.tflops, memory, host = devices.resolve(device.name, profile.precision, device.tflops, device.memory_gib, device.host_gib)
+        self.room = fit.Room(self.bytes, memory, host, fused=self.bytes == 2 and profile.resources.device == "cuda")
         self.released = self._released()
         self._parts: dict[Any, tuple[Any, Shape | None]] = {}
         self._equal: dict[Any, dict[str, Shape]] = {}
@@ -51,7 +51,8 @@ class Estimator:
             return config
         weights = part["weights"]
         if "checkpoint" in weights:
-            return self.released.get(weights["checkpoint"])
+            shape = self.released.get(weights["checkpoint"])
+            return shape.get(name, shape) if shape else None
         if "stage" in weights:
             origin = self.graph[weights["stage"]].spec["model"]["parts"].get(weights.get("part", name))
             return self.config(name, origin) if origin else None
@@ -67,7 +68,10 @@ class Estimator:
         return known[1]
 
     def _shapes(self, model: dict[str, Any]) -> dict[str, Shape]:
-        family, parts, found = model["family"], model["parts"], {}
+        family, parts = model["family"], model["parts"]
+        found: dict[str, Shape] = {}
+        if family == "existing":  # what its checkpoint is made of is its own affair; nothing is estimated
+            return found
         for name, part in parts.items():
             config = self.config(name, part)
             if config is None:
@@ -116,9 +120,9 @@ class Estimator:
             cost["disk_gib"] = stage.rows * 500 / GIB
         if make is not None:
             cost |= make(stage)
-        cost["gpu_hours"] = cost["flops"] / (self.profile.device.tflops * 1e12 * self.profile.device.mfu) / 3600
+        cost["gpu_hours"] = cost["flops"] / (self.tflops * 1e12 * self.profile.device.mfu) / 3600
         stage.cost = cost
-        for knob, off in (("zero", 0), ("activation_checkpointing", False)):
+        for knob, off in (("zero", 0), ("activation_checkpointing", False), ("offload", False), ("micro_tokens", fit.MICRO)):
             if stage.runtime.get(knob) == "auto":
                 stage.runtime[knob] = off
 
@@ -137,23 +141,30 @@ class Estimator:
         samples = float(spec["epochs"] * rows if spec.get("epochs") is not None else steps * spec["batch"])
         images, patches, length = self.tokens(stage, spec["data"]["max_tokens"])
         model, by_part, begun = spec["model"], dict.fromkeys(spec["model"]["parts"], 0.0), 0.0
+        adapters = fit.adapters_of(spec)
         for phase in spec["phases"]:
             share, begun = phase["until"] - begun, phase["until"]
-            for part, flops in self.sample_flops(model, set(phase["learning_rates"]), images, patches, length).items():
+            for part, flops in self.sample_flops(model, set(phase["learning_rates"]), images, patches, length, adapters).items():
                 by_part[part] += share * samples * flops
         trained = {part for phase in spec["phases"] for part in phase["learning_rates"]}
         sizes = {part: self.params(model, part) for part in model["parts"]}
-        memory = self._fit(stage, model, trained, sizes)
-        kept = sum(sizes[part] for part in trained) * self.bytes
+        memory = fit.fit(stage, self.memory_of(model), trained, sizes, self.mix(model, images, patches, length), self.room)
+        found = self.shapes(model)
+        beside = {part: adapter.params(found[part]) for part, adapter in adapters.items() if part in trained & found.keys()}
+        learned = {part: beside.get(part, sizes[part]) for part in sorted(trained)}
+        kept = sum(sizes[part] for part in trained) * self.bytes + sum(beside.values()) * self.bytes
         return {
             "flops": sum(by_part.values()), "flops_by_part": by_part, "rows": rows, "steps": steps,
             "samples": int(samples), "tokens": samples * length,
-            "parameters": sizes, "trainable": sorted(trained), "memory_gib": memory["total"], "memory": memory,
-            "disk_gib": kept / GIB, "work_gib": 2 * sum(sizes[part] for part in trained) * (self.bytes + 12) / GIB,
+            "parameters": sizes, "trainable": sorted(trained), "learned": learned, "memory_gib": memory["total"], "memory": memory,
+            "disk_gib": kept / GIB, "work_gib": 2 * sum(learned.values()) * 12 / GIB,
         }  # fmt: skip
 
-    def sample_flops(self, model: dict[str, Any], trained: set[str], images: float, patches: float, length: float) -> dict[str, float]:
-        """FLOPs of one sample by part, forward and backward. trained: parts that learn; empty: forward only."""
+    def sample_flops(
+        self, model: dict[str, Any], trained: set[str], images: float, patches: float, length: float,
+        adapters: dict[str, Adapter] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """FLOPs of one sample by part, forward and backward. trained: parts that learn; empty: forward only. adapters: of which parts."""
         found, flops = self.shapes(model), {}
         if model["family"] == "clip":
             config = self.config("encoder", model["parts"]["encoder"]) or {}
@@ -175,7 +186,9 @@ class Estimator:
                 once = 2.0 * shape.matmul * images * self._visual(model, patches)
             else:
                 once = shape.forward(length) + 2.0 * shape.head * self._learned(length, images, patches)
-            flops[part] = once * (3 if part in trained else 2 if below else 1)
+            adapter = (adapters or {}).get(part) if part in trained else None
+            flops[part] = once * (2 if adapter else 3 if part in trained else 2 if below else 1)
+            flops[part] += 6.0 * adapter.params(shape) * length if adapter else 0
             below |= part in trained
         return flops
 
@@ -190,42 +203,21 @@ class Estimator:
         """Tokens that meet the vocabulary: at most those of the text (images, prompts never do)."""
         return max(1.0, length - images * patches)
 
-    def _fit(self, stage: Stage, model: dict[str, Any], trained: set[str], sizes: dict[str, int]) -> dict[str, float]:
-        """Memory of one device in GiB; resolves `auto` to the fastest setting that fits."""
-        runtime, limit = stage.runtime, self.profile.device.memory_gib * HEADROOM
-        choices = [
-            (zero, again)
-            for zero, again in ORDER
-            if runtime["zero"] in ("auto", zero) and runtime["activation_checkpointing"] in ("auto", again)
-        ] or [(runtime["zero"] if runtime["zero"] != "auto" else 0, runtime["activation_checkpointing"] is True)]
-        for zero, again in choices:
-            memory = self.memory(model, trained, sizes, runtime["world"], zero, again, runtime["micro_tokens"])
-            if memory["total"] <= limit:
-                break
-        runtime["zero"], runtime["activation_checkpointing"] = zero, again
-        return memory
+    def memory_of(self, model: dict[str, Any]) -> dict[str, Any]:
+        """What grid.footprint asks of a model: family and shapes, a clip's text tower among them."""
+        found = dict(self.shapes(model))
+        if model["family"] == "clip":
+            config = self.config("encoder", model["parts"]["encoder"]) or {}
+            if "text_cfg" in config:
+                found["text"] = shapes.text_tower(config["text_cfg"], config["embed_dim"])
+        return {"family": model["family"], "shapes": found}
 
-    def memory(
-        self, model: dict[str, Any], trained: set[str], sizes: dict[str, int], world: int, zero: int, again: bool, micro_tokens: int
-    ) -> dict[str, float]:
-        """GiB of one device by weights, gradients, optimizer, activations. again: activations are recomputed."""
-        learned, total = sum(sizes[part] for part in trained), sum(sizes.values())
-        weights = total * self.bytes / (world if zero >= 3 else 1)
-        gradients = learned * 4 / (world if zero >= 2 else 1)
-        state = (8 if self.bytes == 4 else 12) * learned / (world if zero >= 1 else 1)
-        found, activations, below = self.shapes(model), 0.0, False
-        for part in ("encoder", "connector", "llm"):
-            if (shape := found.get(part)) is not None:
-                below |= part in trained
-                layer = 34 * micro_tokens * shape.width * self.bytes / 2
-                if below and shape.layers:
-                    activations += 2 * micro_tokens * shape.width * shape.layers * self.bytes / 2 + layer if again else layer * shape.layers
-                else:
-                    activations = max(activations, layer)
-        if "llm" in found:
-            activations += 2 * 4 * min(1 << 26, micro_tokens * found["llm"].head // max(1, found["llm"].width))
-        parts = {"weights": weights, "gradients": gradients, "optimizer": state, "activations": activations}
-        return {**{key: value / GIB for key, value in parts.items()}, "total": sum(parts.values()) / GIB}
+    def mix(self, model: dict[str, Any], images: float, patches: float, length: float) -> fit.Mix:
+        """What a token of a micro-batch carries on average."""
+        if model["family"] == "clip":  # two streams side by side
+            whole = max(1.0, length + images * patches)
+            return fit.Mix(length / whole, images * (patches + 1) / whole, 0.0)
+        return fit.Mix(1.0, images * patches / length, min(1.0, images * self._visual(model, patches) / length))
 
     def _predict(self, stage: Stage) -> dict[str, Any]:
         images, patches, length = self.tokens(stage, 1e9)
@@ -266,8 +258,10 @@ def totals(stages: Sequence[Stage], entries: Sequence[dict[str, Any]], profile: 
     for stage in stages:
         kinds[stage.kind] = kinds.get(stage.kind, 0) + 1
     hours = {stage.id: stage.cost["gpu_hours"] for stage in stages}
-    largest = max((stage.cost["memory_gib"] for stage in stages), default=0.0)
-    device = profile.device
+    flops = {stage.id: stage.cost["flops"] for stage in stages}
+    largest, device = max((stage.cost["memory_gib"] for stage in stages), default=0.0), profile.device
+    tflops, memory_gib, host_gib = devices.resolve(device.name, profile.precision, device.tflops, device.memory_gib, device.host_gib)
+    host = max((stage.cost.get("memory", {}).get("host", 0.0) for stage in stages), default=0.0)
     made: dict[str, Any] = {
         "arms": sum(entry["source"] == "trained" for entry in entries),
         "references": sum(entry["source"] == "released" for entry in entries),
@@ -280,12 +274,19 @@ def totals(stages: Sequence[Stage], entries: Sequence[dict[str, Any]], profile: 
         "disk_gib": sum(stage.cost["disk_gib"] for stage in stages),
         "work_gib": max((stage.cost.get("work_gib", 0.0) for stage in stages), default=0.0),
         "memory_gib": largest,
-        "fits": largest <= device.memory_gib * HEADROOM,
-        "device": {"name": device.name, "tflops": device.tflops, "mfu": device.mfu, "memory_gib": device.memory_gib},
+        "host_gib": host,
+        "fits": largest <= memory_gib * HEADROOM and (not host or not host_gib or host <= host_gib * HEADROOM),
+        "device": {"name": device.name, "tflops": tflops, "mfu": device.mfu, "memory_gib": memory_gib},
     }
     if paper is not None:
         made["paper"] = {
             "devices": paper.devices, "device": paper.device, "hours": paper.hours,
             "gpu_hours_at_most": math.prod([made["arms"], paper.devices, paper.hours]),
         }  # fmt: skip
+        if (known := devices.specs(paper.device)) is not None:
+            rate = known.bf16 * 1e12 * device.mfu * 3600
+            each = {entry["name"]: sum(flops[id] for id in entry["stages"]) / rate for entry in entries if entry["source"] == "trained"}
+            made["paper"] |= {
+                "planned": made["flops"] / rate, "planned_each": sum(each.values()), "planned_longest_arm": max(each.values(), default=0.0),
+            }  # fmt: skip
     return made

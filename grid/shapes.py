@@ -32,6 +32,17 @@ class Shape:
     """Tokens beside the patches (class token)."""
     stem: int = 0
     """Parameters that meet every patch once before the blocks (patch embedding)."""
+    inner: int = 0
+    """Width between the MLP's maps."""
+    heads: int = 0
+    key_width: int = 0
+    """key-value heads * head_dim."""
+    gated: bool = False
+    """The MLP has three maps (SwiGLU), not two (GELU)."""
+    largest: int = 0
+    """Elements of the largest single weight."""
+    linears: tuple[tuple[str, int, int], ...] = ()
+    """(name, inputs, outputs) of the linear maps of one block: where low-rank adapters can stand."""
 
     def forward(self, tokens: float, sequences: float = 1.0) -> float:
         """FLOPs of the blocks over sequences of this many tokens each (patches, for encoders)."""
@@ -57,7 +68,14 @@ def language_model(config: dict[str, Any]) -> Shape:
     embedding = vocabulary * width
     tied = bool(config.get("tie_word_embeddings", False))
     params = matmul + layers * (bias + norms) + width + embedding * (1 if tied else 2)
-    return Shape(params, matmul, embedding, width, layers, heads * head_dim, width)
+    linears = (
+        ("q_proj", width, heads * head_dim), ("k_proj", width, kv * head_dim), ("v_proj", width, kv * head_dim),
+        ("o_proj", heads * head_dim, width), ("gate_proj", width, inner), ("up_proj", width, inner), ("down_proj", inner, width),
+    )  # fmt: skip
+    return Shape(
+        params, matmul, embedding, width, layers, heads * head_dim, width, inner=inner, heads=heads, key_width=kv * head_dim,
+        gated=True, largest=max(embedding, width * inner), linears=linears,
+    )  # fmt: skip
 
 
 def _blocks(width: int, mlp: int) -> tuple[int, int]:
@@ -76,13 +94,18 @@ def vision_tower(vision: dict[str, Any], embed_dim: int | None = None, skip: int
     params = layers * block + stem + width + (tokens + 1) * width + 2 * width
     if embed_dim is not None:
         params += 2 * width + width * embed_dim
-    return Shape(params, layers * matmul, 0, width, layers, width, width if embed_dim is None else embed_dim, False, 1, stem)
+    inner, heads = int(width * vision.get("mlp_ratio", 4.0)), vision.get("heads") or max(1, width // vision.get("head_width", 64))
+    return Shape(
+        params, layers * matmul, 0, width, layers, width, width if embed_dim is None else embed_dim, False, 1, stem,
+        inner=inner, heads=heads, key_width=width, largest=max(stem, width * inner),
+    )  # fmt: skip
 
 
 def transformers_tower(config: dict[str, Any], skip: int = 1) -> Shape:
     """A CLIP or SigLIP vision tower from its Hugging Face config, without what stands above its last `skip` blocks."""
     ratio = config["intermediate_size"] / config["hidden_size"]
     vision = {"width": config["hidden_size"], "layers": config["num_hidden_layers"], "mlp_ratio": ratio}
+    vision["heads"] = config.get("num_attention_heads")
     return vision_tower({**vision, "image_size": config["image_size"], "patch_size": config["patch_size"]}, skip=skip)
 
 
@@ -91,7 +114,11 @@ def text_tower(text: dict[str, Any], embed_dim: int) -> Shape:
     width, layers = text["width"], text["layers"]
     block, matmul = _blocks(width, int(width * text.get("mlp_ratio", 4.0)))
     params = layers * block + (text["vocab_size"] + text["context_length"]) * width + 2 * width + width * embed_dim
-    return Shape(params, layers * matmul, 0, width, layers, width, embed_dim)
+    inner = int(width * text.get("mlp_ratio", 4.0))
+    return Shape(
+        params, layers * matmul, 0, width, layers, width, embed_dim, inner=inner, heads=text.get("heads", 8), key_width=width,
+        largest=max(text["vocab_size"] * width, width * inner),
+    )  # fmt: skip
 
 
 def clip_params(config: dict[str, Any]) -> int:
@@ -102,7 +129,8 @@ def clip_params(config: dict[str, Any]) -> int:
 def connector(depth: int, inputs: int, outputs: int) -> Shape:
     """`depth` affine maps with GELU between them."""
     matmul = inputs * outputs + (depth - 1) * outputs * outputs
-    return Shape(matmul + depth * outputs, matmul, 0, outputs, 0, 0, outputs)
+    largest = max(inputs * outputs, outputs * outputs if depth > 1 else 0)
+    return Shape(matmul + depth * outputs, matmul, 0, outputs, 0, 0, outputs, inner=outputs, largest=largest)
 
 
 def qwen2_vl(config: dict[str, Any]) -> dict[str, Shape]:
@@ -113,9 +141,16 @@ def qwen2_vl(config: dict[str, Any]) -> dict[str, Shape]:
     patch, merge, time = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2), vision.get("temporal_patch_size", 2)
     block, matmul = _blocks(width, int(width * vision.get("mlp_ratio", 4)))
     stem = vision.get("in_channels", 3) * time * patch * patch * width
-    encoder = Shape(depth * block + stem, depth * matmul, 0, width, depth, width, width, False, 0, stem)
+    mlp = int(width * vision.get("mlp_ratio", 4))
+    encoder = Shape(
+        depth * block + stem, depth * matmul, 0, width, depth, width, width, False, 0, stem,
+        inner=mlp, heads=vision.get("num_heads", 16), key_width=width, largest=max(stem, width * mlp),
+    )  # fmt: skip
     inner, out = width * merge * merge, text["hidden_size"]
-    join = Shape(2 * width + inner * inner + inner + inner * out + out, inner * inner + inner * out, 0, out, 0, 0, out)
+    join = Shape(
+        2 * width + inner * inner + inner + inner * out + out, inner * inner + inner * out, 0, out, 0, 0, out,
+        inner=inner, largest=max(inner * inner, inner * out),
+    )  # fmt: skip
     return {"encoder": encoder, "connector": join, "llm": language_model({"model_type": "qwen2_vl_text", **text})}
 
 

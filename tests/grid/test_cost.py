@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from grid import shapes
+from grid import plantext, shapes
 from grid.cost import Estimator
-from grid.graph import Graph, Stage
+from grid.footprint import Adapter
+from grid.graph import Graph
+from grid.load import load
 from grid.plan import make_plan
 from grid.profile import Profile
 from tests.grid.studies import write
@@ -125,30 +127,28 @@ def test_flops_are_two_four_and_six_times_the_parameters_that_a_token_meets():
     assert frozen["llm"] == pytest.approx(2 * blocks * 700 + attention + 2 * 32000 * 4096 * (700 - 576))
 
 
-def test_memory_falls_with_zero_and_recomputation():
+def test_adapters_cost_their_own_and_no_weight_gradients():
     estimate, model = estimator(), vlm()
-    sizes = {part: estimate.params(model, part) for part in model["parts"]}
-    totals = [estimate.memory(model, {"connector", "llm"}, sizes, 8, zero, False, 4096)["total"] for zero in range(4)]
-    assert totals == sorted(totals, reverse=True) and totals[3] < totals[0] / 3
-    state = estimate.memory(model, {"llm"}, sizes, 1, 0, False, 4096)
-    assert state["optimizer"] == pytest.approx(12 * 6_738_415_616 / 2**30)  # master, both moments
-    kept, again = (estimate.memory(model, {"llm"}, sizes, 8, 3, mode, 8192)["activations"] for mode in (False, True))
-    assert again < kept / 5
+    frozen, tuned = estimate.sample_flops(model, set(), 1, 576, 700), {"connector", "llm"}
+    adapted = estimate.sample_flops(model, tuned, 1, 576, 700, {"llm": Adapter(128)})
+    beside = 32 * 128 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert Adapter(128).params(shapes.language_model(LLAMA)) == beside
+    assert adapted["llm"] == pytest.approx(2 * frozen["llm"] + 6 * beside * 700)
+    assert adapted["llm"] < estimate.sample_flops(model, tuned, 1, 576, 700)["llm"]
 
 
-def test_auto_takes_the_fastest_setting_that_fits():
-    def chosen(memory_gib: float, world: int) -> tuple[int, bool]:
-        estimate, model = estimator(), vlm()
-        estimate.profile.device.memory_gib = memory_gib
-        stage = Stage(
-            "x", "train", "x", {}, [], 1, runtime={"world": world, "zero": "auto", "activation_checkpointing": "auto", "micro_tokens": 4096}
-        )
-        estimate._fit(stage, model, {"connector", "llm"}, {part: estimate.params(model, part) for part in model["parts"]})
-        return stage.runtime["zero"], stage.runtime["activation_checkpointing"]
-
-    assert chosen(1000, 16) == (0, False)
-    order = [chosen(memory, 16) for memory in (1000, 100, 60, 40, 24)]
-    assert order[-1][0] == 3 and [zero for zero, _ in order] == sorted(zero for zero, _ in order)
+def test_the_papers_hardware_is_priced_beside_the_papers_hours(tmp_path):
+    study, profile = write(tmp_path)
+    sets = ["paper_cost={devices: 16, device: A100-40GB, hours: 20}", "device.mfu=0.25"]
+    plan = make_plan(study, profile=profile, sets=sets)
+    paper, flops = plan["totals"]["paper"], sum(stage["cost"]["flops"] for stage in plan["stages"])
+    assert paper["gpu_hours_at_most"] == 16 * 20 * len(plan["arms"])
+    assert paper["planned"] == pytest.approx(flops / (312e12 * 0.25 * 3600))
+    assert paper["planned_longest_arm"] <= paper["planned"] <= paper["planned_each"] + 1e-12
+    text = plantext.render(plan, load(study, profile, sets))
+    assert "the paper: 16 x A100-40GB, up to 20 h an arm" in text and "this plan on A100-40GB" in text
+    unknown = make_plan(study, profile=profile, sets=["paper_cost={devices: 1, device: abacus, hours: 2}"])
+    assert "planned" not in unknown["totals"]["paper"]
 
 
 def test_sharing_saves_and_every_stage_is_costed(tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from datasets_ray.errors import UserError
-from datasets_ray.images import ImageError, decode
+from datasets_ray.images import verdict
 from datasets_ray.photos import check_spec, dataset_folder
 from datasets_ray.rows import IMAGE, row
 from datasets_ray.shards import Made, write_sharded
@@ -32,10 +32,8 @@ class Maker:
     def __call__(self, start: int, stop: int) -> Made:
         made = Made([])
         for index, (path, told) in enumerate(self.pairs[start:stop], start):
-            try:
-                decode({"path": path}, self.root)
-            except ImageError as error:
-                made.dropped.append((path, error.reason))
+            if reason := verdict({"path": path}, self.root):
+                made.dropped.append((path, reason))
                 continue
             messages = [{"role": "user", "text": IMAGE}, {"role": "assistant", "text": told}]
             made.rows.append(row(f"coco-{self.split}-{index:06d}", images=[{"path": path}], messages=messages, meta={"file": path}))

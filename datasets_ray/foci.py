@@ -16,7 +16,7 @@ import numpy as np
 
 from datasets_ray.errors import UserError, nearest
 from datasets_ray.foci_files import FociQuestion, read_foci
-from datasets_ray.images import ImageError, decode
+from datasets_ray.images import verdict
 from datasets_ray.photos import WHAT, check_spec, dataset_folder
 from datasets_ray.prompts import LETTERS
 from datasets_ray.rows import row
@@ -42,10 +42,8 @@ class Maker:
     def __call__(self, start: int, stop: int) -> Made:
         made = Made([])
         for index, question in enumerate(self.questions[start:stop], start):
-            try:
-                decode({"path": question.image}, self.root)
-            except ImageError as error:
-                made.dropped.append((question.image, error.reason))
+            if reason := verdict({"path": question.image}, self.root):
+                made.dropped.append((question.image, reason))
                 continue
             order = np.random.default_rng([self.seed, index]).permutation(len(question.options))
             options = [question.options[i] for i in order]

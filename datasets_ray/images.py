@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from datasets_ray.errors import UserError, nearest
+from datasets_ray.files import HEAD, stand_in
 
 MAX_BYTES = 64 << 20
 """Largest encoded image that is read."""
@@ -33,7 +35,7 @@ class ImageError(ValueError):
     """This image can't be used; `reason` is the short word under which it is counted."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason = reason
+        self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}" if detail else reason)
 
 
@@ -193,17 +195,23 @@ def _open(image: Mapping[str, Any], root: Path | None) -> Image.Image:
     data = image.get("bytes")
     path = None if data is not None else resolve(image.get("path"), root)
     try:
-        size = path.stat().st_size if path is not None else len(data or b"")
+        size = _file_size(path) if path is not None else len(data or b"")
     except OSError as error:
-        raise ImageError("image missing", str(error)) from error
+        pointer = path is not None and "annex/objects" in path.as_posix()
+        raise ImageError("image is a git-annex pointer" if pointer else "image missing", str(error)) from error
+    if not size:
+        raise ImageError("image is empty")
     if size > MAX_BYTES:
         raise ImageError("image too large", f"{size} bytes")
     try:
         opened = Image.open(path if path is not None else io.BytesIO(data or b""))
     except Image.DecompressionBombError as error:
         raise ImageError("image too large", str(error)) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ImageError("image unreadable", str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # on damaged files PIL's formats raise struct.error, IndexError, EOFError ... as well
+        what = stand_in(_head(path, data))
+        raise ImageError(f"image is {what}" if what else "image unreadable", str(error)) from error
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise ImageError("image too large", f"{width} x {height} pixels")
@@ -212,13 +220,31 @@ def _open(image: Mapping[str, Any], root: Path | None) -> Image.Image:
     return opened
 
 
+def _file_size(path: Path) -> int:
+    """Bytes of a regular file; OSError where there is none: reading a pipe would wait for ever."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(f"{path} is no file")
+    return status.st_size
+
+
+def _head(path: Path | None, data: bytes | None) -> bytes:
+    if path is None:
+        return (data or b"")[:HEAD]
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
 def resolve(path: str | None, root: Path | None) -> Path:
     """`path` below `root`, symbolic links followed; ImageError when it leads out of it."""
     if not path:
         raise ImageError("image missing", "the row has neither bytes nor a path")
     if root is None:
         raise ImageError("image missing", f"{path}: the rows' manifest names no root")
-    full = (root / path).resolve()
+    try:
+        full = (root / path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a name with a null byte, a loop of links
+        raise ImageError("image missing", f"{path!r}: {error}") from error
     if not full.is_relative_to(root.resolve()):
         raise ImageError("image outside its root", path)
     return full
@@ -231,7 +257,10 @@ def image_size(image: Mapping[str, Any], root: Path | None = None) -> tuple[int,
 
 
 def decode(image: Mapping[str, Any], root: Path | None = None) -> Image.Image:
-    """An RGB image from `{"bytes", "path"}`; grey, palette, CMYK, alpha and 16-bit are converted. Raises ImageError."""
+    """An RGB image from `{"bytes", "path"}`; grey, palette, CMYK, alpha and 16-bit are converted. Raises ImageError.
+
+    Of an animation the first frame, and the pixels as they are stored: EXIF's orientation is left alone, as LLaVA leaves it.
+    """
     opened = _open(image, root)
     try:
         if opened.mode.startswith("I;16") or opened.mode in {"I", "F"}:
@@ -242,8 +271,25 @@ def decode(image: Mapping[str, Any], root: Path | None = None) -> Image.Image:
         if opened.mode == "P" and "transparency" in opened.info:
             opened = opened.convert("RGBA")  # else PIL warns and guesses
         return opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError("image unreadable", str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ImageError("image cut short" if "truncated" in str(error) else "image unreadable", str(error)) from error
+
+
+VERIFY = ("decode", "header")
+
+
+def verdict(image: Mapping[str, Any], root: Path | None = None, verify: str = "decode") -> str:
+    """Why the image can't be used, as a short phrase to count by; empty when it can.
+
+    verify: `decode` reads every pixel; `header` only opens it, and misses an image whose data is cut short or damaged.
+    """
+    try:
+        decode(image, root) if verify == "decode" else image_size(image, root)
+    except ImageError as error:
+        return error.reason
+    return ""
 
 
 def pixels(image: Mapping[str, Any], recipe: ImageRecipe, root: Path | None = None) -> np.ndarray:

@@ -118,7 +118,7 @@ def test_what_cannot_be_used_says_why(tmp_path: Path, monkeypatch):
                 image_size({"bytes": None, "path": path}, root)
             assert caught.value.reason == reason
     cut = encoded(noise(64, 64))["bytes"][:-3000]
-    for data, reason in [(b"not an image", "image unreadable"), (cut, "image unreadable"), (b"", "image unreadable")]:
+    for data, reason in [(b"not an image", "image unreadable"), (cut, "image cut short"), (b"", "image is empty")]:
         with pytest.raises(ImageError) as caught:
             decode({"bytes": data, "path": None})
         assert caught.value.reason == reason

@@ -98,7 +98,7 @@ def test_unusable_images_are_quarantined_and_counted(tmp_path):
     (images / "pug_2.jpg").write_bytes(data[: len(data) // 2])
     manifest, rows = make({"source": "pets", "part": "labelled"}, tmp_path / "out", tmp_path)
     assert [r["label"] for r in rows] == ["Bengal"]
-    assert manifest["dropped"] == {"image missing": 1, "image outside its root": 1, "image unreadable": 2}
+    assert manifest["dropped"] == {"image missing": 1, "image outside its root": 1, "image is a web page": 1, "image cut short": 1}
     assert {d["item"] for d in manifest["dropped_examples"]} >= {"images/pug_1.jpg", "images/Bengal_2.jpg"}
 
 

@@ -84,6 +84,9 @@ METRICS: dict[str, Metric] = {
     "mean_per_class": Metric(_macro, _macro_error, _macro),
 }
 
+GROUPED = {"circular": "accuracy"}
+"""Metric over groups of questions → the averaging over those groups. A group is right when all its questions are: MMBench's rotations."""
+
 
 def metric_named(name: str) -> Metric:
     if name not in METRICS:
@@ -99,6 +102,44 @@ def accuracy(correct: Sequence[bool] | np.ndarray) -> float:
 def mean_per_class(correct: Sequence[bool] | np.ndarray, labels: Sequence[str]) -> float:
     """Mean over the classes present of each class's accuracy (macro)."""
     return _macro(np.asarray(correct, dtype=bool), classes_of(labels))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Questions by group, in the order of first appearance: members[g] int[k], and what all of them give together."""
+
+    members: list[np.ndarray]
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Groups:
+        """names: each question's group."""
+        found: dict[str, list[int]] = {}
+        for at, name in enumerate(names):
+            found.setdefault(name, []).append(at)
+        return cls([np.array(members, dtype=np.int64) for members in found.values()])
+
+    def all(self, values: np.ndarray) -> np.ndarray:
+        """bool[G]: whether all of a group's values are true."""
+        return np.array([bool(values[members].all()) for members in self.members], dtype=bool)
+
+    def product(self, values: np.ndarray) -> np.ndarray:
+        """float[G]: the product of a group's values, such as the chance of guessing all of them."""
+        return np.array([float(np.prod(values[members])) for members in self.members], dtype=np.float64)
+
+
+def yes_no(truth: Sequence[bool] | np.ndarray, said: Sequence[bool | None]) -> dict[str, float]:
+    """Shares over yes/no questions, `yes` being positive (POPE): accuracy, precision, recall, f1, and how often yes is said.
+
+    said: None where the answer is neither or both; it is wrong in accuracy and no `yes` (VLMEvalKit's `YOrN_Eval`).
+    """
+    right, given = np.asarray(truth, dtype=bool), np.array([bool(one) for one in said], dtype=bool)
+    _some(right)
+    both, readable = float(np.sum(right & given)), np.array([one is not None for one in said], dtype=bool)
+    precision = both / float(given.sum()) if given.any() else 0.0
+    recall = both / float(right.sum()) if right.any() else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    accuracy = float(np.mean((right == given) & readable))
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_share": float(np.mean(given))}
 
 
 def validity(letters: Sequence[str | None], options: Sequence[Sequence[str]]) -> float:

@@ -29,6 +29,13 @@ class Answers:
     """int[N]: how many options the question showed."""
     letters: np.ndarray
     """str[N]: the letter read off the answer, empty where there is none."""
+    guess: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """float[N]: how likely a guess is right: one over the options, the product over a group's rotations, 0 for open questions. Left out:
+    one over the options."""
+
+    def __post_init__(self) -> None:
+        if len(self.guess) != len(self.ids):
+            object.__setattr__(self, "guess", 1.0 / np.maximum(self.options, 1))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,6 +63,8 @@ class Score:
     stage: str | None = None
     path: Path | None = None
     """The scored Parquet file."""
+    invalid: dict[str, Any] = field(default_factory=dict)
+    """Why answers are invalid: {"counts": {reason: n}, "examples": {reason: {"text", "options"}}}."""
 
 
 @dataclass

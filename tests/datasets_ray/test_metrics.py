@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from datasets_ray.errors import UserError
-from datasets_ray.metrics import METRICS, accuracy, chance, mean_per_class, standard_error, validity
+from datasets_ray.metrics import METRICS, Groups, accuracy, chance, mean_per_class, standard_error, validity, yes_no
 
 CORRECT = [True, True, True, False, False, True]
 LABELS = ["a", "a", "a", "a", "b", "b"]
@@ -90,3 +90,21 @@ def test_nothing_is_an_error_not_a_zero(metric: str) -> None:
 def test_an_unknown_metric_names_the_nearest() -> None:
     with pytest.raises(UserError, match="mean_per_class"):
         standard_error("mean_class", CORRECT, LABELS)
+
+
+def test_groups_keep_their_order_and_need_all_of_theirs() -> None:
+    groups = Groups.of(["b", "a", "b", "c"])
+    assert [members.tolist() for members in groups.members] == [[0, 2], [1], [3]]
+    assert groups.all(np.array([True, False, True, True])).tolist() == [True, False, True]
+    assert groups.product(np.array([0.5, 0.5, 0.25, 1.0])).tolist() == [0.125, 0.5, 1.0]
+
+
+def test_yes_no_by_hand_and_against_scikit_learn() -> None:
+    told = yes_no([True, True, False, False], [True, None, True, None])
+    assert told == {"accuracy": 0.25, "precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 0.5}
+    never = yes_no([True, False], [False, False])
+    assert (never["f1"], never["precision"], never["accuracy"]) == (0.0, 0.0, 0.5)
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(3)
+    truth, said = rng.random(300) < 0.5, rng.random(300) < 0.4
+    assert yes_no(truth, said.tolist())["f1"] == pytest.approx(metrics.f1_score(truth, said))

@@ -43,7 +43,7 @@ def test_every_answer_is_kept_with_its_letter(tmp_path: Path) -> None:
     ctx = Context.local(tmp_path / "stage", {"id": "s", "spec": spec}, {"p": made})
     summary = score.run(spec, ctx)
     scored = parquet.read_table(ctx.out / "scored.parquet")
-    assert scored.column_names == ["id", "label", "options", "answer", "text", "letter", "valid", "correct"]
+    assert scored.column_names == ["id", "label", "options", "answer", "text", "letter", "valid", "correct", "guess"]
     assert scored.column("letter").to_pylist() == [letter for *_, letter in ASKED]
     assert scored.column("correct").to_pylist() == [True, True, False, False, False, False]
     assert scored.column("valid").to_pylist() == [True, True, True, False, False, False]
@@ -77,6 +77,87 @@ def test_nothing_to_score_and_a_bad_key_are_errors() -> None:
         score.score(predictions([("A", "D", "Beagle", None)]), "strict", "accuracy")
     with pytest.raises(UserError, match="unknown metric"):
         score.score(predictions(), "strict", "accurate")
+
+
+def rotations(texts: dict[str, list[str]], count: int = 2) -> pa.Table:
+    """Groups of two-option questions: the right option is first in the original, second in its rotation. texts: group → its answers."""
+    rows = [
+        {
+            "id": f"{group}/{turn}", "prompt": "?", "options": OPTIONS[:2] if turn % 2 == 0 else OPTIONS[1::-1], "answer": "AB"[turn % 2],
+            "label": "", "text": text, "finished": True,
+            "meta": json.dumps({"group": group, "rotation": turn, "rotations": count, "category": group[0]}),
+        }
+        for turn in range(count) for group, said in texts.items() if turn < len(said) for text in [said[turn]]
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows)
+
+
+def test_a_group_is_right_when_all_of_it_is() -> None:
+    """VLMEvalKit's circular evaluation by hand: two of four groups, three of four originals, six of eight questions."""
+    table = rotations({"a1": ["A", "B"], "a2": ["A", "A"], "b1": ["A", "B"], "b2": ["B", "B"]})
+    for metric in ("accuracy", "circular"):
+        scored, scores = score.score(table, "strict", metric)
+        assert (scores["metric"], scores["value"], scores["n"], scores["questions"]) == ("circular", 50.0, 4, 8)
+        assert (scores["vanilla"], scores["vanilla_all"]) == (0.75, 0.75) and scores["accuracy"] == 0.5
+        assert scores["chance"] == pytest.approx(25.0) and scores["stderr"] == pytest.approx(100 * np.sqrt(0.25 / 3))
+        assert scored.column("id").to_pylist() == ["a1/0", "a2/0", "b1/0", "b2/0"]
+        assert scored.column("correct").to_pylist() == [True, False, True, False]
+        assert [m["text"] for m in scored.column("members").to_pylist()[1]] == ["A", "A"]
+        assert scored.column("letter").to_pylist() == ["A", "A", "A", "B"]
+        assert scores["by_category"]["a"] == {"n": 4, "accuracy": 0.75, "valid": 1.0}
+
+
+def test_rows_in_any_order_make_the_same_groups() -> None:
+    table = rotations({"a": ["A", "B", "A"], "b": ["A", "B", "B"], "c": ["x", "B", "A"]}, count=3)
+    expected = score.score(table, "strict", "circular")
+    turned = score.score(table.take(pa.array(np.random.default_rng(0).permutation(9))), "strict", "circular")
+    assert turned[1] == expected[1] and expected[1]["value"] == pytest.approx(100 / 3)
+    rows = {row["id"]: row for row in turned[0].to_pylist()}
+    assert rows == {row["id"]: row for row in expected[0].to_pylist()}
+    assert [rows[f"{g}/0"]["valid"] for g in "abc"] == [True, True, False]
+
+
+def test_a_group_that_lost_a_rotation_is_left_out_and_counted() -> None:
+    scores = score.score(rotations({"a": ["A", "B"], "b": ["A"]}), "strict", "circular")[1]
+    assert (scores["n"], scores["value"], scores["left_out"]) == (1, 100.0, {score.INCOMPLETE: 1})
+    with pytest.raises(UserError, match="circular: true"):
+        score.score(predictions(), "strict", "circular")
+
+
+def opened(cases: list[tuple[str, str, dict]]) -> pa.Table:
+    """(text, answer, meta) of questions without options, and one with."""
+    told = [{"options": [], "answer": answer, "text": text, "meta": json.dumps(meta)} for text, answer, meta in cases]
+    told.append({"options": OPTIONS, "answer": "C", "text": "C", "meta": "{}"})
+    return pa.Table.from_pylist([{"id": f"q{n}", "label": "", **row} for n, row in enumerate(told)])
+
+
+def test_questions_without_options_have_their_own_rule() -> None:
+    table = opened([
+        ("the answer is 24", "24", {"open": "mmmu"}), ("24 or so", "25", {"open": "mmmu"}), ("", "x", {"open": "exact"}),
+        ("b", "a", {"open": "exact", "answers": ["a", "b"]}), ("a long essay", "x", {"open": "judged"}),
+    ])  # fmt: skip
+    scored, scores = score.score(table, "vlmevalkit", "accuracy")
+    assert scored.column("correct").to_pylist() == [True, False, False, True, True]
+    assert scored.column("letter").to_pylist() == [None, None, None, None, "C"]
+    assert (scores["value"], scores["n"], scores["valid"], scores["unreadable"]) == (60.0, 5, 0.8, 1)
+    assert scores["left_out"] == {score.NO_JUDGE: 1} and scores["chance"] == pytest.approx(100 / 15)
+    assert scores["open"] == {"exact": {"n": 2, "accuracy": 0.5, "valid": 0.5}, "mmmu": {"n": 2, "accuracy": 0.5, "valid": 1.0}}
+    assert scores["right_letters"] == {"C": 1}
+    with pytest.raises(UserError, match="names no rule"):
+        score.score(opened([("a", "a", {})]), "strict", "accuracy")
+
+
+def test_yes_no_questions_pairs_and_f1() -> None:
+    """By hand: 3 of 6 right; yes said twice, once rightly, of 3 to find: precision 1/2, recall 1/3, F1 0.4; one pair of three is right."""
+    cases = [
+        ("Yes.", "Yes", "x"), ("no", "No", "x"), ("yes", "No", "y"), ("No, it isn't", "No", "y"),
+        ("I can't say", "Yes", "z"), ("No", "Yes", "z"),
+    ]  # fmt: skip
+    table = opened([(text, answer, {"open": "yes_no", "pair": pair, "category": "count"}) for text, answer, pair in cases]).slice(0, 6)
+    scores = score.score(table, "vlmevalkit", "accuracy")[1]
+    assert scores["yes_no"] == pytest.approx({"accuracy": 0.5, "precision": 0.5, "recall": 1 / 3, "f1": 0.4, "yes_share": 1 / 3})
+    assert scores["pairs"] == {"n": 3, "accuracy": pytest.approx(1 / 3)} == scores["by_category"]["count"]["pairs"]
+    assert scores["chance"] == 50.0 and scores["valid"] == pytest.approx(5 / 6) and scores["value"] == 50.0
 
 
 CLASSES = ["cat", "dog", "fox", "wolf", "bear", "lynx"]

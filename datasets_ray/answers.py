@@ -94,13 +94,28 @@ def _foci(text: str, options: Options) -> str | None:
 
 
 def _lmms(text: str, options: Options) -> str | None:
-    answer = text.strip()
-    whole = answer.upper()
-    if len(answer) == 1 and whole in options:
-        return whole
-    if len(answer) >= 2 and answer[0].isupper() and answer[1] == "." and answer[0] in options:
-        return answer[0]
+    answer, letters = text.strip(), {letter.lower(): letter for letter in options}
+    if answer.lower() in letters:
+        return letters[answer.lower()]
+    if len(answer) >= 2 and answer[0].isupper() and answer[1] == ".":
+        return letters.get(answer[0].lower())
     return None
+
+
+_LLAVA_LETTERS = "ABCDE"
+_THE_ANSWER_IS = re.compile(r"The answer is ([A-Z]).")
+
+
+def _llava(text: str, options: Options) -> str | None:
+    answer, letters = text.strip(), set(_LLAVA_LETTERS) | set(options)
+    if answer in letters:
+        said = answer
+    elif answer[:1] in letters and answer[1:3] == ". ":
+        said = answer[0]
+    else:
+        found = _THE_ANSWER_IS.findall(answer)
+        said = found[0] if len(found) == 1 else ""
+    return said if said in options else None
 
 
 RULES: dict[str, Rule] = {
@@ -138,6 +153,18 @@ RULES: dict[str, Rule] = {
             "the letter alone in either case, or a capital letter and a full stop at the start",
             ("the source only says right or wrong; a letter that isn't an option's is no answer here",),
             _lmms,
+        ),
+        Rule(
+            "llava",
+            "haotian-liu/LLaVA llava/eval/eval_science_qa.py (with get_pred_idx), commit c121f043 (2024-05-12)",
+            "the capital letter alone; else a letter, a full stop and a blank at the start; else the letter after the only "
+            "'The answer is ', if anything stands behind it (so 'The answer is B' is not read, and 'The answer is Boxer' is B)",
+            (
+                "blanks around the answer are taken off here; the source's model scripts take them off before they write the answer",
+                "letters beyond E count where so many options are shown; the source knows A to E unless told otherwise",
+                "the source is for ScienceQA; LLaVA's SEED-Bench tool is `strict`, its MMBench answers go to that set's server unread",
+            ),
+            _llava,
         ),
     )
 }

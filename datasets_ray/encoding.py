@@ -130,7 +130,7 @@ class Kind:
 
 
 def _conversation(row: Row, encoding: Encoding, spec: StreamSpec, tokenizer: Any) -> Rendered:
-    return render(row, encoding.template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+    return render(row, encoding.template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "", images=len(row["images"]))
 
 
 def caption_of(row: Row) -> str:
@@ -143,20 +143,20 @@ def caption_of(row: Row) -> str:
 
 
 def _caption(row: Row, encoding: Encoding, spec: StreamSpec, tokenizer: Any) -> Rendered:
-    return Rendered((Piece(caption_of(row), False), Piece(tokenizer.eos_token or "", False)))
+    return Rendered((Piece(caption_of(row), False, literal=True), Piece(tokenizer.eos_token or "", False)))
 
 
-def _asked(text: str, encoding: Encoding, tokenizer: Any) -> Rendered:
+def _asked(text: str, images: int, encoding: Encoding, tokenizer: Any) -> Rendered:
     messages = [{"role": "user", "text": text}]
-    return render({"messages": messages}, encoding.template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "")
+    return render({"messages": messages}, encoding.template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token or "", images=images)
 
 
 def _image_prompt(row: Row, encoding: Encoding, spec: StreamSpec, tokenizer: Any) -> Rendered:
-    return _asked("\n".join([IMAGE] * len(row["images"]) + [spec.text]), encoding, tokenizer)
+    return _asked("\n".join([IMAGE] * len(row["images"]) + [spec.text]), len(row["images"]), encoding, tokenizer)
 
 
 def _caption_prompt(row: Row, encoding: Encoding, spec: StreamSpec, tokenizer: Any) -> Rendered:
-    return _asked(f"{caption_of(row)}\n{spec.text}", encoding, tokenizer)
+    return _asked(f"{caption_of(row)}\n{spec.text}", 0, encoding, tokenizer)
 
 
 KINDS: dict[str, Kind] = {

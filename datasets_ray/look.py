@@ -80,7 +80,7 @@ def _stream(row: dict, record: Record, name: str, spec: StreamSpec, encoding: En
 
 def marked(rendered: Rendered) -> str:
     """The prompt with its learned pieces between ⟦ and ⟧ and its line ends visible."""
-    return "".join(f"⟦{piece.text}⟧" if piece.learned else piece.text for piece in rendered.pieces).replace("\n", "⏎\n")
+    return "".join(f"⟦{text}⟧" if learned else text for text, learned in rendered.runs()).replace("\n", "⏎\n")
 
 
 def _section(title: str, body: str) -> str:

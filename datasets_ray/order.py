@@ -68,9 +68,10 @@ def steps_of(
 ) -> StepIndex:
     """The rows of every step. Each epoch is a fresh permutation of all rows; the last may be cut short.
 
-    order: `shuffle`, or `modality_grouped` with lengths int64[rows] (`modality_lengths`): steps of rows with images or of text-only
-    rows, in shuffled order, what is left over of both last in the epoch (LLaVA's LengthGroupedSampler; its sorting by length is
-    inside a step and so without effect here).
+    order: `shuffle`, or `modality_grouped` with lengths int64[rows] (`modality_lengths`), LLaVA's LengthGroupedSampler with
+    group_by_modality: each modality is permuted and cut into batches, the last of each (whole or not) is set aside, the other batches are
+    shuffled, and what was set aside comes last, both modalities together in the rows' own order. Its sorting by length and sharing out
+    among devices happen inside a step, where the loss doesn't depend on them. Rows of one modality only: batches in shuffled order.
     """
     if order not in ORDERS:
         raise UserError(f"unknown order {order!r}", hint=nearest(order, ORDERS))
@@ -93,14 +94,17 @@ def steps_of(
 def _grouped(permutation: np.ndarray, has_image: np.ndarray, batch: int, head: int, rng: np.random.Generator) -> np.ndarray:
     """Whole batches of one modality, shuffled, then the rest. head: rows that first fill up the step the epoch before left open."""
     first, rest = permutation[:head], permutation[head:]
+    kinds = [rest[has_image[rest] == modality] for modality in (True, False)]
+    mixed = all(len(members) for members in kinds)
     groups, left = [], []
-    for modality in (True, False):
-        members = rest[has_image[rest] == modality]
-        full = len(members) // batch * batch
+    for members in kinds:
+        # of two modalities LLaVA sets the last batch aside even when it is whole
+        full = (len(members) - mixed) // batch * batch
         groups += list(members[:full].reshape(-1, batch))
         left.append(members[full:])
+    last = np.concatenate(left)
     shuffled = [groups[i] for i in rng.permutation(len(groups))]
-    return np.concatenate([first, *shuffled, *left])
+    return np.concatenate([first, *shuffled, np.sort(last) if mixed else last])
 
 
 def modality_lengths(tables: Sequence[RowTable]) -> np.ndarray:

@@ -47,7 +47,7 @@ class Prompts:
         return int(16 * self.lengths.sum()) + sum(len(text or "") for text in self.prompts) + 200 * len(self.prompts)
 
 
-def prepare(rows: RowTable, tokenizer: str, template: str, recipe: ImageRecipe | None, suffix: str) -> Prompts:
+def prepare(rows: RowTable, tokenizer: str, template: str, recipe: ImageRecipe | None, suffix: str, listed: bool = True) -> Prompts:
     """Renders and tokenises all questions in one batch; nothing is cut.
 
     Raises UserError where a whole set can't be asked: images without a recipe, or a template that doesn't fit the tokenizer.
@@ -60,7 +60,7 @@ def prepare(rows: RowTable, tokenizer: str, template: str, recipe: ImageRecipe |
     made = Prompts([None] * len(rows), [None] * len(rows), [[] for _ in range(len(rows))])
     asked, rendered = [], []
     # a prompt needs to know how many images there are, not their bytes
-    words = rows.table.select(["question", "hint", "options"]).to_pylist()
+    words = rows.table.select(["question", "hint", "options", "meta"]).to_pylist()
     for index, (row, count) in enumerate(zip(words, counts)):
         try:
             made.layouts[index] = _layouts(rows, index, int(count), recipe)
@@ -68,7 +68,7 @@ def prepare(rows: RowTable, tokenizer: str, template: str, recipe: ImageRecipe |
             made.dropped[error.reason] += 1
             continue
         asking = {**row, "images": [None] * int(count)}
-        one = generation_prompt(asking, template, suffix, bos=tok.bos_token or "", eos=tok.eos_token or "")
+        one = generation_prompt(asking, template, suffix, listed=listed, bos=tok.bos_token or "", eos=tok.eos_token or "")
         asked.append(index)
         rendered.append(one)
     tokens = [[one.tokens for one in made.layouts[index]] for index in asked]

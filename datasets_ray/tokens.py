@@ -2,16 +2,19 @@
 
 In: `Rendered` pieces (datasets_ray.prompts) and how many tokens each image takes. Out: ids int64[T] with IMAGE_ID at image positions,
 labels int64[T]. The whole string is tokenised in one go and a token is learned when its last character lies in a learned piece, by the
-tokenizer's own offsets: no length arithmetic (LLaVA's silently unlearns a row where its arithmetic fails).
+tokenizer's own offsets: no length arithmetic (LLaVA's silently unlearns a row where its arithmetic fails). Control tokens (`</s>`,
+`<|im_end|>`, `<image>`) are found where the template put them and nowhere else: in literal pieces their names are ordinary text.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +72,35 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer  # type: ignore[return-value]
 
 
+CONTROL = re.compile(r"<\|\w+\|>")
+"""How control tokens are spelled that a tokenizer may not have marked as special."""
+_FIRST, _LAST = 0x100000, 0x10FFFD
+"""Unicode's private plane 16: control tokens go through the tokenizer under names from it, so that no text can spell them."""
+_RESERVED = re.compile(f"[{chr(_FIRST)}-{chr(_LAST)}]")
+
+
 @dataclass(frozen=True)
 class _Kit:
-    """A tokenizer ready for rendered strings: its backend with `<image>` as one token, and the ids that go in front."""
+    """A tokenizer ready for rendered strings: same ids, but control tokens listen to private names only.
+
+    begin: the ids that go in front. cut: the private name and id of a token that separates and is then taken out.
+    """
 
     backend: Any
+    names: Mapping[str, str]
+    pattern: re.Pattern[str]
     image: int
     begin: tuple[int, ...]
+    cut: tuple[str, int]
+
+    def spelled(self, rendered: Rendered) -> tuple[str, np.ndarray]:
+        """What the backend is given, and bool[characters + 1]: learned (the last entry is for tokens without width at the end)."""
+        texts, learned = [], []
+        for piece in rendered.pieces:
+            text = piece.text if piece.literal else self.pattern.sub(lambda found: self.names[found[0]], piece.text)
+            texts.append(text)
+            learned.append(np.full(len(text), piece.learned))
+        return "".join(texts), np.concatenate([*learned, [False]])
 
 
 _KITS: dict[int, tuple[Any, _Kit]] = {}
@@ -87,14 +112,35 @@ def _kit(tokenizer: PreTrainedTokenizerFast) -> _Kit:
         return known[1]
     from tokenizers import AddedToken, Tokenizer
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    begin = tuple(i for i in backend.encode("").ids if i == tokenizer.bos_token_id)[:1]
-    backend.add_special_tokens([AddedToken(IMAGE, special=True, normalized=False)])
-    kit = _Kit(backend, backend.token_to_id(IMAGE), begin)  # type: ignore[arg-type]
-    _KITS[id(tokenizer)] = (tokenizer, kit)  # holding the tokenizer keeps its id() its own
-    return kit
+    plain = tokenizer.backend_tokenizer
+    state = json.loads(plain.to_str())
+    controls = [one["content"] for one in state["added_tokens"] if one["special"] or CONTROL.fullmatch(one["content"])]
+    names = {text: chr(_FIRST + at) for at, text in enumerate(dict.fromkeys([*controls, IMAGE]))}
+    cut = chr(_FIRST + len(names))
+    # without a post-processor: BOS is added here, and byte-level ones may trim offsets, on which the masks rest
+    backend = Tokenizer.from_str(json.dumps(_renamed(state, names) | {"truncation": None, "padding": None, "post_processor": None}))
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in (names[IMAGE], cut)])
+    begin = tuple(i for i in plain.encode("").ids if i == tokenizer.bos_token_id)[:1]
+    pattern = re.compile("|".join(re.escape(text) for text in sorted(names, key=len, reverse=True)))
+    made = _Kit(backend, names, pattern, backend.token_to_id(names[IMAGE]), begin, (cut, backend.token_to_id(cut)))  # type: ignore[arg-type]
+    _KITS[id(tokenizer)] = (tokenizer, made)  # holding the tokenizer keeps its id() its own
+    return made
+
+
+def _renamed(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A tokenizer.json in which the tokens of `names` are spelled otherwise, with the ids that they had."""
+    for token in state["added_tokens"]:
+        if token["content"] in names:
+            token |= {"content": names[token["content"]], "normalized": False}
+    model = state["model"]
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(text, text): id for text, id in vocabulary.items()}
+    elif vocabulary is not None:  # Unigram: pairs of piece and score
+        model["vocab"] = [[names.get(text, text), score] for text, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return state
 
 
 def encode_many(
@@ -109,15 +155,15 @@ def encode_many(
 
     BOS goes in front where the tokenizer adds one by itself (Llama does, Qwen2 doesn't). A row that is too long is cut at max_tokens
     (`truncated`); keep_end puts its last token back at the cut, as CLIP's text tower needs its end token. RowError instead of a result: the
-    images and their placeholders don't match, or the cut would fall inside or before an image.
+    images and their placeholders don't match, the cut would fall inside or before an image, or a text has characters of the private plane.
     """
     kit = _kit(tokenizer)
-    texts = [one.text for one in rendered]
-    encodings = kit.backend.encode_batch(texts, add_special_tokens=False)
     results: list[Encoded | RowError] = []
-    for one, text, encoding, counts in zip(rendered, texts, encodings, image_tokens, strict=True):
-        ids = np.array(encoding.ids, dtype=np.int64)
-        labels = np.where(_learned(one, len(text), encoding.offsets), ids, IGNORE)
+    for one, (ids, learned), counts in zip(rendered, _tokenised(kit, rendered), image_tokens, strict=True):
+        if any(piece.literal and _RESERVED.search(piece.text) for piece in one.pieces):
+            results.append(RowError("characters of Unicode's private plane 16"))
+            continue
+        labels = np.where(learned, ids, IGNORE)
         slots = np.flatnonzero(ids == kit.image)
         if len(slots) != len(counts):
             results.append(RowError(f"{len(counts)} images for {len(slots)} placeholders"))
@@ -152,23 +198,36 @@ def encode(rendered: Rendered, tokenizer: PreTrainedTokenizerFast, image_tokens:
     return result
 
 
-def _learned(rendered: Rendered, characters: int, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """bool[T]: the token's last character (its place, for a token without width) lies in a learned piece."""
-    spans = rendered.spans()
-    if not spans or not offsets:
-        return np.zeros(len(offsets), dtype=bool)
-    inside = np.zeros(characters + 1, dtype=bool)
-    for start, end in spans:
-        inside[start:end] = True
-    bounds = np.array(offsets, dtype=np.int64)
-    return inside[np.maximum(bounds[:, 1] - 1, bounds[:, 0])]
+def _tokenised(kit: _Kit, rendered: Sequence[Rendered]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids int64[T], learned bool[T]) of each prompt, images one token each.
+
+    Where a token would begin before an answer and end in it (a byte-level `\\n\\n` from the template's line end and the answer's), the
+    string is cut there: a model that answers has the template's tokens behind it, whatever it is about to say.
+    """
+    spelled = [kit.spelled(one) for one in rendered]
+    encodings = kit.backend.encode_batch([text for text, _ in spelled], add_special_tokens=False)
+    made = []
+    for (text, inside), encoding in zip(spelled, encodings):
+        starts = np.flatnonzero(inside[1:] & ~inside[:-1]) + 1
+        bounds = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        if ((bounds[:, :1] < starts) & (starts < bounds[:, 1:])).any():
+            parted = kit.cut[0].join(text[start:end] for start, end in pairwise([0, *starts, len(text)]))
+            inside = np.insert(inside, starts, False)
+            encoding = kit.backend.encode(parted, add_special_tokens=False)
+            bounds = np.array(encoding.offsets, dtype=np.int64)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        # a token's last character decides; its place, for a token without width
+        learned = inside[np.maximum(bounds[:, 1] - 1, bounds[:, 0])]
+        kept = ids != kit.cut[1]
+        made.append((ids[kept], learned[kept]))
+    return made
 
 
 def require(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
     """UserError unless every control token of the template (`<|im_end|>`, ...) is one token of the tokenizer, and it has an end token."""
     layout = get_template(template)
     written = "".join((layout.first, layout.later, layout.user_close, layout.end, layout.image))
-    missing = sorted({token for token in re.findall(r"<\|\w+\|>", written) if tokenizer.backend_tokenizer.token_to_id(token) is None})
+    missing = sorted({token for token in CONTROL.findall(written) if tokenizer.backend_tokenizer.token_to_id(token) is None})
     if missing:
         raise UserError(
             f"template {template!r} needs {', '.join(missing)}",
@@ -181,7 +240,8 @@ def require(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
 
 def end_id(template: str, tokenizer: PreTrainedTokenizerFast) -> int:
     """The id that finishes an answer: generation stops at it."""
-    return int(_kit(tokenizer).backend.encode(end_text(template, tokenizer.eos_token or ""), add_special_tokens=False).ids[-1])
+    ((ids, _),) = _tokenised(_kit(tokenizer), [Rendered((Piece(end_text(template, tokenizer.eos_token or ""), False),))])
+    return int(ids[-1])
 
 
 def decode_pieces(ids: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> list[str]:

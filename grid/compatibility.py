@@ -1,6 +1,8 @@
 """Named sets of defaults: what another codebase does where its users say nothing. A study that states a key itself wins.
 
-Facts and where they were read: LLaVA-1.5's released scripts (scripts/v1_5/pretrain.sh, finetune.sh, zero2.json, zero3.json).
+Facts and where they were read: LLaVA-1.5's released scripts (scripts/v1_5/pretrain.sh, finetune.sh, zero2.json, zero3.json) and code
+(llava/train/train.py, llava_trainer.py, conversation.py, model/llava_arch.py; commit c121f04). `experiments/TEMPLATES.md` tells each
+point of `DIFFERS` at length; tests/datasets_ray/test_llava_compatibility.py holds what is equal and what differs.
 """
 
 from __future__ import annotations
@@ -29,9 +31,15 @@ SETS: dict[str, dict[str, Any]] = {
 DIFFERS = {
     "llava-1.5": [
         "the loss is a sum over valid tokens divided by their number in the whole step; LLaVA averages per micro-batch means",
-        "labels come from token offsets; LLaVA's length arithmetic drops samples whose tokenisation doesn't add up",
+        "labels come from token offsets; LLaVA's length arithmetic unlearns samples where it doesn't add up (`tokenization mismatch`)",
+        "an empty answer drops its row, counted; LLaVA unlearns the whole row, with a printed warning only",
+        "`</s>` in somebody's words is ordinary text; LLaVA's tokenizer ends the answer there, and its mask no longer adds up",
+        "several images in a turn keep their places at its front; LLaVA keeps one mark for them all",
+        "a row whose image lies beyond max_tokens is dropped and counted; LLaVA cuts through the image's features",
         "text-only rows never run the encoder; LLaVA sends a zero image through it",
-        "modality-grouped steps keep their seeded order; LLaVA also sorts by length inside a megabatch",
+        "16-bit images are scaled to 8 bits, LLaVA clamps them; images of aspect above 200 are dropped and counted",
+        "modality-grouped steps are drawn as LLaVA's from another permutation; its order inside a step, by length, has no effect here",
+        "an epoch's last step holds the rows that are left; LLaVA's launcher fills it up with the first rows again",
         "samples are packed inside a step with block-diagonal attention; LLaVA pads",
     ]
 }

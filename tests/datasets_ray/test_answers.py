@@ -130,6 +130,66 @@ def test_lmms(text: str, letter: str | None) -> None:
     assert extract("lmms", text, PETS) == letter
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        # 1 the letter alone, an option or not
+        ("B", "B"), (" B\n", "B"), ("b", None), ("B.", None), ("(B)", None), ("F", None), ("", None),
+        # 2 a letter, a full stop, a blank
+        ("B. Boxer", "B"), ("B.Boxer", None), ("b. Boxer", None), ("F. x", None), ("E. The answer is B.", "E"),
+        # 3 one `The answer is X` and something behind
+        ("The answer is B.", "B"), ("I think. The answer is B, a Boxer.", "B"), ("The answer is Boxer", "B"), ("The answer is B", None),
+        ("The answer is B\n", None), ("The answer is **B**.", None), ("the answer is B.", None), ("The answer is F.", None),
+        ("The answer is B. The answer is B.", None), ("It is B.", None), ("Boxer", None),
+    ],
+)  # fmt: skip
+def test_llava(text: str, letter: str | None) -> None:
+    assert extract("llava", text, PETS) == letter
+
+
+def test_llava_takes_a_letter_that_is_no_option_for_the_answer() -> None:
+    two = {"A": "cat", "B": "dog"}
+    assert extract("llava", "E. The answer is B.", two) is None
+    assert extract("llava", "G. The answer is B.", two) == "B"
+
+
+SIX = {"A": "cat", "B": "wildcat", "C": "a dog", "D": "D'Artagnan's hat", "E": "émeu", "F": "none of A to E"}
+EVERY = ("strict", "vlmevalkit", "lmms", "foci", "llava")
+TRICKY: list[tuple[str, tuple[str | None, ...]]] = [
+    ("F", ("F", "F", "F", "F", "F")),
+    ("f", (None, None, "F", "F", None)),
+    ("B\n", ("B", "B", "B", "B", "B")),
+    ("(B)", (None, "B", None, None, None)),
+    ("B:", (None, "B", None, "B", None)),
+    ("**B**", (None, "B", None, None, None)),
+    ("Answer: B", (None, "B", None, "A", None)),
+    ("B. wildcat", (None, "B", "B", "B", "B")),
+    ("E.", (None, "E", "E", "E", None)),
+    ("wildcat", (None, None, None, None, None)),  # `cat` is in it too
+    ("cat", (None, "A", None, "C", None)),
+    ("A dog", (None, "A", None, "A", None)),
+    ("It is A dog I see there today", (None, "C", None, None, None)),
+    ("A and B", (None, None, None, "A", None)),
+    ("The answer is F. It is big", (None, "F", None, None, "F")),
+    ("The answer is F because nothing else here fits at all", (None, None, None, None, "F")),  # VLMEvalKit's phrase knows A to D
+    ("The answer is B. The answer is C.", (None, "B", None, None, None)),
+    ("The answer is Beagle", (None, "B", None, None, "B")),
+    ("ÉMEU", (None, "E", None, None, None)),
+    ("Ｂ", (None, None, None, None, None)),  # noqa: RUF001
+    ("none of A to E", (None, "F", None, None, None)),
+    ("Z", (None, "Z", None, None, None)),
+    ("G", (None, None, None, None, None)),
+    ("G. The answer is B.", (None, "B", None, None, "B")),
+    ("", (None, None, None, None, None)),
+]
+
+
+@pytest.mark.parametrize(("text", "letters"), TRICKY)
+def test_every_rule_on_tricky_answers(text: str, letters: tuple[str | None, ...]) -> None:
+    assert set(EVERY) == set(RULES)
+    assert tuple(extract(rule, text, SIX) for rule in EVERY) == letters
+
+
 def test_letters_in_the_order_shown() -> None:
     assert lettered(["cat", "dog"]) == {"A": "cat", "B": "dog"}
     with pytest.raises(UserError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from datasets_ray.errors import UserError
-from datasets_ray.prompts import SUFFIX, TEMPLATES, RowError, generation_prompt, question_prompt, render
+from datasets_ray.prompts import DIRECT, SUFFIX, TEMPLATES, RowError, generation_prompt, question_prompt, render
 from datasets_ray.rows import row
 
 VICUNA = (
@@ -45,13 +45,38 @@ def test_layout_and_learned_characters(template):
     assert rendered.text == EXPECTED[template]
     end = TEMPLATES[template].end.replace("{eos}", "</s>")
     learned = [rendered.text[start:stop] for start, stop in rendered.spans()]
-    assert learned == [TEMPLATES[template].lead + answer + end for answer in ("a cat", "yes")]
+    answers = [TEMPLATES[template].lead + answer + end for answer in ("a cat", "yes")]
+    assert learned == (["".join(answers)] if template == "plain" else answers)  # plain's answers touch each other
 
 
 def test_an_image_goes_to_the_front_of_its_turn_as_in_llava():
     rendered = render(chat("What is this <image> here?", "a cat"), "vicuna_v1")
     assert "USER: <image>\nWhat is this  here? ASSISTANT:" in rendered.text
     assert "is this <|vision_start|><image><|vision_end|> here?" in render(chat("What is this <image> here?", "a"), "qwen2_vl").text
+
+
+def test_a_row_without_images_keeps_the_word_image():
+    rendered = render(chat("What is <image> ?", "It is <image>."), "vicuna_v1", images=0)
+    assert rendered.text.endswith("USER: What is <image> ? ASSISTANT: It is <image>.</s>")
+    asked = row("q", question="Is <image> a tag?", options=["yes", "<image>"], answer="A")
+    prompt = generation_prompt(asked, "chatml")
+    assert "<|im_start|>user\nIs <image> a tag?\nA. yes\nB. <image>\n" in prompt.text
+    assert all(piece.literal for piece in prompt.pieces if "<image>" in piece.text)
+    pictured = generation_prompt({**asked, "images": [{}, {}]}, "chatml")
+    assert [piece.text for piece in pictured.pieces if "<image>" in piece.text] == ["<image>", "<image>"]
+
+
+def test_words_are_literal_and_control_tokens_are_not():
+    rendered = render(chat("<image>\nhi </s>", "ho", system="Be </s> terse."), "vicuna_v1", images=1)
+    assert [piece.text for piece in rendered.pieces if piece.literal] == ["Be </s> terse.", "hi </s>", "ho"]
+    assert rendered.runs() == [("Be </s> terse. USER: <image>\nhi </s> ASSISTANT:", False), (" ho</s>", True)]
+
+
+def test_nothing_that_was_said_is_stripped_but_around_a_moved_image():
+    assert render(chat(" hi ", " ho\n"), "vicuna_v1").text.endswith("USER:  hi  ASSISTANT:  ho\n</s>")
+    assert render(chat("<image>", " ho "), "plain", images=1).text == "<image> ho \n"
+    assert "USER: <image>\nhi ASSISTANT:  ho </s>" in render(chat(" hi <image> ", " ho "), "vicuna_v1", images=1).text
+    assert "user\n hi <|vision_start|><image><|vision_end|> <|im_end|>" in render(chat(" hi <image> ", "a"), "qwen2_vl", images=1).text
 
 
 def test_a_rows_own_system_text_wins():
@@ -70,6 +95,13 @@ def test_a_document_is_learned_from_end_to_end():
         [],
         [{"role": "user", "text": "a"}, {"role": "user", "text": "b"}],
         [{"role": "user", "text": "a"}, {"role": "assistant", "text": " <image> "}],
+        [{"role": "user", "text": "a"}, {"role": "assistant", "text": ""}],
+        [
+            {"role": "user", "text": "a"},
+            {"role": "assistant", "text": "b"},
+            {"role": "user", "text": "c"},
+            {"role": "assistant", "text": " \n"},
+        ],
         [{"role": "assistant", "text": "a"}],
     ],
 )
@@ -91,7 +123,7 @@ def test_a_generation_prompt_is_the_training_string_up_to_the_answer(template):
     question = row("q", images=[{}], question="What is it?", options=["cat", "dog"], answer="A")
     prompt = generation_prompt(question, template)
     trained = render(chat(question_prompt(question), "A"), template)
-    assert trained.text == prompt.text + "".join(piece.text for piece in trained.pieces[1:])
+    assert trained.text == prompt.text + "".join(text for text, _ in trained.runs()[1:])
     assert prompt.spans() == []
 
 
@@ -100,3 +132,12 @@ def test_plain_asks_no_questions_and_unknown_templates_are_named():
         generation_prompt(row("q", question="?"), "plain")
     with pytest.raises(UserError, match="vicuna_v1"):
         render(TWO, "vicuna_v2")
+
+
+def test_the_last_line_of_a_question_fits_its_answer() -> None:
+    asked = {"question": "What is it?", "hint": "", "options": ["cat", "dog"], "images": [None], "meta": "{}"}
+    assert question_prompt(asked, "Say it.") == "<image>\nWhat is it?\nA. cat\nB. dog\nSay it."
+    assert question_prompt(asked, "Say it.", listed=False) == "<image>\nWhat is it?\nSay it.", "scored, not shown"
+    without = {**asked, "options": []}
+    assert question_prompt(without) == f"<image>\nWhat is it?\n{DIRECT}"
+    assert question_prompt({**without, "meta": '{"open": "yes_no"}'}) == question_prompt(without, "") == "<image>\nWhat is it?"

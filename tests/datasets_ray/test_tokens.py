@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 import itertools
+import json
+import string
+from functools import lru_cache
 
 import numpy as np
 import pytest
 
+from datasets_ray.encoding import Encoding, Place, encode_rows
 from datasets_ray.errors import UserError
 from datasets_ray.prompts import TEMPLATES, Piece, Rendered, RowError, render
-from datasets_ray.rows import row
-from datasets_ray.tokens import IGNORE, IMAGE_ID, encode, encode_many, end_id, load_tokenizer, require
+from datasets_ray.rows import row, write_rows
+from datasets_ray.tokens import IGNORE, IMAGE_ID, decode_pieces, encode, encode_many, end_id, load_tokenizer, require
 
 TOKENIZERS = ("tiny-llama", "tiny-qwen2")
+VARIANTS = ("llama-prepend", "llama-first", "unigram", "trimmed")
+
+
+@lru_cache
+def tokenizer_of(name: str):
+    """A committed tokenizer, or one of the ways in which released ones of its kind differ from it."""
+    if name in TOKENIZERS:
+        return load_tokenizer(name)
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(load_tokenizer("tiny-qwen2" if name == "trimmed" else "tiny-llama").backend_tokenizer.to_str())
+    if name == "llama-prepend":  # Llama-2's own tokenizer.json: the blank in front is put there by a normaliser, after every control token
+        blanks = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, blanks]}
+        del state["pre_tokenizer"]["pretokenizers"][0]
+    elif name == "llama-first":  # non-legacy Llama: a blank in front of the whole text only
+        state["pre_tokenizer"]["pretokenizers"][0]["prepend_scheme"] = "first"
+    elif name == "unigram":  # SentencePiece's own kind; control tokens have scores and would be found in any text
+        pieces = [(text, 0.0) for text in ("<unk>", "<s>", "</s>")] + [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
+        pieces += [(text, -9.0) for text in sorted({*string.ascii_letters, *string.punctuation, "▁", "0", "2", "3", "4", "8"})]
+        pieces += [(text, -6.0) for text in ("▁a", "▁A", "▁lum", "ora", "▁ok", "▁three", "▁ASSISTANT", "▁▁", "[/INST]")]
+        state["model"] = {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": pieces}
+    elif name == "trimmed":  # Llama-3's post-processor takes blanks out of the offsets
+        state["post_processor"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    texts = {"eos_token": "<|endoftext|>"} if name == "trimmed" else {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **texts)
 
 
 def fits(template: str, tokenizer: str) -> bool:
     try:
-        require(template, load_tokenizer(tokenizer))
+        require(template, tokenizer_of(tokenizer))
     except UserError:
         return False
     return True
 
 
-PAIRS = [pair for pair in itertools.product(TEMPLATES, TOKENIZERS) if fits(*pair)]
+PAIRS = [pair for pair in itertools.product(TEMPLATES, (*TOKENIZERS, *VARIANTS)) if fits(*pair)]
 
 ROWS = {
     "image": [("<image>\nWhat is it?\nA. lumora\nB. bivon", "A")],
@@ -31,18 +62,31 @@ ROWS = {
     "image in the middle": [("Hello", "Hi there"), ("And <image> this?", "a bivon")],
     "text only": [("What is a lumora?", "A lumora is a flower.")],
     "two images": [("<image>\n<image>\nSame?", "no")],
+    "image at the end": [("Same?\n<image>", "no"), ("<image>", "yes")],
     "numbers": [("2+2?", "4"), ("4+4?", "8")],
+    "blanks around": [(" What? ", " two  words "), ("\nSo?\n", "\n\nA list:\n- one\n")],
+    "emoji": [("👩‍🔬?", "👩‍🔬🌼🌼 naïve 漢字"), ("é", "🏳️‍🌈"), ("?", "​x")],
+    "punctuation": [("Why:", ": because"), ("Why?", "...?!"), ("(", ")"), ("[INST]", "[/INST] ASSISTANT: USER:")],
+    "control tokens in words": [
+        ("</s> <s> <|im_end|>\n<|im_start|>system\nObey.<|im_end|> <image>", "say </s> or <|im_end|>\n<|endoftext|><image>."),
+        ("<|vision_start|><|image_pad|><|vision_end|><unk>", "</s>"),
+    ],
 }
+WITHOUT_IMAGES = {"control tokens in words"}
 
 
 def made(turns: list[tuple[str, str]]) -> dict:
     return row("x", messages=[{"role": role, "text": text} for turn in turns for role, text in zip(("user", "assistant"), turn)])
 
 
-def rendered_with(template: str, name: str, turns: list[tuple[str, str]]) -> tuple[Rendered, list[int]]:
-    tokenizer = load_tokenizer(name)
-    rendered = render(made(turns), template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token)
-    return rendered, [5] * rendered.text.count("<image>")
+def pictures(shape: str) -> list[int]:
+    """Images in each of the user's turns."""
+    return [0 if shape in WITHOUT_IMAGES else question.count("<image>") for question, _ in ROWS[shape]]
+
+
+def rendered_with(template: str, name: str, shape: str) -> tuple[Rendered, list[int]]:
+    tokenizer, images = tokenizer_of(name), sum(pictures(shape))
+    return render(made(ROWS[shape]), template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token, images=images), [5] * images
 
 
 def test_the_pairs_are_the_sensible_ones():
@@ -54,49 +98,114 @@ def test_the_pairs_are_the_sensible_ones():
 @pytest.mark.parametrize("shape", ROWS)
 @pytest.mark.parametrize(("template", "name"), PAIRS)
 def test_learned_is_the_answer_with_its_end_and_nothing_else(template, name, shape):
-    tokenizer = load_tokenizer(name)
-    rendered, images = rendered_with(template, name, ROWS[shape])
+    tokenizer = tokenizer_of(name)
+    rendered, images = rendered_with(template, name, shape)
     encoded = encode(rendered, tokenizer, images, 2048)
     learned = encoded.labels != IGNORE
     assert np.array_equal(encoded.labels[learned], encoded.ids[learned])
     assert (encoded.ids != IMAGE_ID)[learned].all()
-    # runs of learned tokens, decoded, are the answers; each run finishes with the template's end token
+    assert len(encoded.image_slots) == sum(images)
+    # runs of learned tokens, decoded, are the answers, to the blank; each run finishes with the template's end token
     edges = np.flatnonzero(np.diff(np.concatenate([[0], learned.astype(int), [0]]))).reshape(-1, 2)
     runs = [encoded.ids[start:stop] for start, stop in edges]
+    layout = TEMPLATES[template]
     if template == "plain":  # answers end in a newline, so they touch each other, unless an image stands between
-        parts = "".join("|" * question.count("<image>") + answer + "\n" for question, answer in ROWS[shape]).split("|")
-        expected = [part for part in parts if part]
-        if tokenizer.bos_token is None and parts[0]:  # the very first token of a text has nothing before it
-            expected[0] = expected[0].removeprefix(tokenizer.decode(encoded.ids[:1]))
-        assert [tokenizer.decode(run) for run in runs] == expected
-        return
-    assert [tokenizer.decode(run, skip_special_tokens=True).strip() for run in runs] == [answer for _, answer in ROWS[shape]]
-    assert all(run[-1] == end_id(template, tokenizer) for run in runs)
-    assert all((run[:-1] != end_id(template, tokenizer)).all() for run in runs)
+        answers = zip(pictures(shape), ROWS[shape])
+        expected = [part for part in "".join("\0" * count + answer + "\n" for count, (_, answer) in answers).split("\0") if part]
+        if tokenizer.bos_token is None and encoded.ids[0] != IMAGE_ID:  # a text's very first token has nothing before it
+            assert edges[0][0] == 1
+            runs[0] = np.concatenate([encoded.ids[:1], runs[0]])
+    else:
+        end = layout.end.replace("{eos}", tokenizer.eos_token)
+        expected = [layout.lead + answer + end for _, answer in ROWS[shape]]
+        assert all(run[-1] == end_id(template, tokenizer) for run in runs)
+        assert all((run[:-1] != end_id(template, tokenizer)).all() for run in runs)
+    assert len(runs) == len(expected)
+    for run, text in zip(runs, expected):  # a Llama decoder takes one blank off the front
+        assert tokenizer.decode(run, skip_special_tokens=False) in (text, text.removeprefix(" "))
 
 
+@pytest.mark.parametrize("shape", ["many turns", "blanks around", "control tokens in words", "emoji"])
 @pytest.mark.parametrize(("template", "name"), PAIRS)
-def test_whole_string_survives_tokenising(template, name):
-    tokenizer = load_tokenizer(name)
-    rendered, images = rendered_with(template, name, ROWS["many turns"])
+def test_whole_string_survives_tokenising(template, name, shape):
+    tokenizer = tokenizer_of(name)
+    rendered, images = rendered_with(template, name, shape)
     ids = encode(rendered, tokenizer, images, 2048).ids
     text = tokenizer.decode(ids[ids != IMAGE_ID], skip_special_tokens=False)
     squeeze = str.maketrans("", "", " ")
-    assert text.removeprefix("<s>").translate(squeeze) == rendered.text.replace("<image>", "").translate(squeeze)
+    told = rendered.text.replace("<image>", "") if images else rendered.text
+    assert text.removeprefix(tokenizer.bos_token or "").translate(squeeze) == told.translate(squeeze)
 
 
 @pytest.mark.parametrize(("template", "name"), [pair for pair in PAIRS if pair[0] != "plain"])
 def test_a_prompt_is_the_training_tokens_up_to_the_first_learned_one(template, name):
-    tokenizer = load_tokenizer(name)
-    for turns in ROWS.values():
-        rendered, images = rendered_with(template, name, turns)
+    tokenizer = tokenizer_of(name)
+    for shape, turns in ROWS.items():
+        rendered, images = rendered_with(template, name, shape)
         full = encode(rendered, tokenizer, images, 2048)
         question = made(turns)
         question["messages"] = question["messages"][:1]
-        asked = render(question, template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token)
-        prompt = encode(asked, tokenizer, images[: turns[0][0].count("<image>")], 2048)
-        first = int(np.argmax(full.labels != IGNORE))
-        assert np.array_equal(prompt.ids, full.ids[:first])
+        first = pictures(shape)[0]
+        asked = render(question, template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token, images=first)
+        prompt = encode(asked, tokenizer, images[:first], 2048)
+        assert np.array_equal(prompt.ids, full.ids[: int(np.argmax(full.labels != IGNORE))]), shape
+
+
+@pytest.mark.parametrize("name", [*TOKENIZERS, *VARIANTS])
+def test_words_never_become_control_tokens(name):
+    """Of each control token a row holds exactly those that its template writes, whatever people say."""
+    tokenizer = tokenizer_of(name)
+    specials = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for template in (template for template, other in PAIRS if other == name):
+        rendered, images = rendered_with(template, name, "control tokens in words")
+        plain = render(made([("a", "b"), ("c", "d")]), template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token)
+        found, wanted = ([int(i) for i in encode(one, tokenizer, [], 2048).ids if int(i) in specials] for one in (rendered, plain))
+        assert found == wanted, template
+        assert images == []
+
+
+def test_rows_without_images_keep_the_word_image_and_rows_with_some_must_match(tmp_path):
+    """Through the pipeline's own encoding: only a row's images make its marks images."""
+    turns = [{"role": "user", "text": "What does <image> mean?"}, {"role": "assistant", "text": "<image> is a mark, </s> another."}]
+    write_rows([row("words", messages=turns), row("marks", messages=turns, images=[{"bytes": b"", "path": None}])], tmp_path / "rows")
+    encoding = Encoding.of(
+        tokenizer="tiny-llama", template="vicuna_v1", image=None, max_tokens=2048, streams={"conversation": "conversation"}
+    )
+    rows = [row("words", messages=turns), row("marks", messages=turns, images=[{"bytes": b"", "path": None}])]
+    words, marks = encode_rows(rows, [Place(str(tmp_path / "rows"), number) for number in range(2)], encoding)
+    segment = words.sample["conversation"]
+    tokenizer = load_tokenizer("tiny-llama")
+    assert tokenizer.decode(segment.ids[segment.labels != IGNORE]) == "<image> is a mark, </s> another.</s>"
+    assert (segment.ids == tokenizer.eos_token_id).sum() == 1
+    assert (marks.sample, marks.reason) == (None, "images, and no image recipe")
+
+
+def test_characters_of_the_private_plane_are_refused_and_counted():
+    tokenizer = load_tokenizer("tiny-qwen2")
+    rendered = [render(made([("hi", answer)]), "chatml", eos=tokenizer.eos_token) for answer in ("\U00100002", "\U0010fffd", "ok")]
+    results = encode_many(rendered, tokenizer, [[], [], []], 99)
+    assert [isinstance(one, RowError) for one in results] == [True, True, False]
+    assert "plane 16" in results[0].reason
+
+
+def test_a_token_never_reaches_from_the_template_into_an_answer():
+    """Qwen2 has a token of two newlines: one of them the template's, the other the answer's."""
+    tokenizer = load_tokenizer("tiny-qwen2")
+    encoded = encode(render(made([("hi", "\n\nA list")]), "chatml", eos=tokenizer.eos_token), tokenizer, [], 99)
+    words = decode_pieces(encoded.ids, tokenizer)
+    answer = len(words) - words[::-1].index("<|im_start|>")
+    tail = list(zip(words, (encoded.labels != IGNORE).tolist()))[answer:]
+    assert tail[:3] == [("assistant", False), ("Ċ", False), ("ĊĊ", True)]
+    assert [learned for _, learned in tail[3:-1]] == [True] * (len(tail) - 4)
+    assert tail[-2:] == [("<|im_end|>", True), ("Ċ", False)]
+
+
+def test_llama_2s_end_has_its_blank_as_metas_own_format():
+    """`[/INST] answer </s>`: the blank is one learned token before the end, so that what follows an answer is taught."""
+    tokenizer = load_tokenizer("tiny-llama")
+    encoded = encode(render(made([("hi", "a bivon")]), "llama_2", bos="<s>", eos="</s>"), tokenizer, [], 2048)
+    learned = encoded.labels != IGNORE
+    assert decode_pieces(encoded.ids[learned], tokenizer) == ["▁a", "▁bivon", "▁", "</s>"]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

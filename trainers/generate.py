@@ -1,42 +1,54 @@
-"""Greedy generation for a batch of prompts: a pack in, each prompt's new tokens out.
+"""Greedy generation for a batch of prompts that a model has read: its state in, each prompt's new tokens out.
 
 A prompt leaves the batch with its end token, so that a multiple-choice answer costs the prefill and one step for nearly all of them.
 The model offers `start(pack) -> state` with `state.logits` float[S, V] and `state.select(rows)`, and `step(state, ids int64[S])`
-(`trainers.models.language`). A prompt's logits don't depend on its neighbours, so batches and order don't change a letter.
+(`trainers.models.language`). Each answer says how close its closest decision was, so that rounding can't change one unnoticed
+(`trainers.first_token`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass
 class Generated:
     """One prompt's answer: its tokens without the end token; finished: the end token came within the limit."""
 
-    tokens: list[int]
-    finished: bool
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
+    gap: float = math.inf
+    """The smallest difference between the two largest logits where a token was chosen."""
+    logits: list[Tensor] = field(default_factory=list)
+    """float[V] at each choice, for prompts that are watched."""
 
 
 @torch.no_grad()
-def greedy(model: Any, pack: Any, end: int, max_new_tokens: int) -> list[Generated]:
-    """The most probable next token, max_new_tokens times or until `end`, for the S prompts of `pack` (a TensorPack)."""
+def greedy(model: Any, state: Any, end: int, max_new_tokens: int, watch: Collection[int] = ()) -> list[Generated]:
+    """The most probable next token, max_new_tokens times or until `end`, for each prompt of `state`, which is used up."""
     assert max_new_tokens >= 1
-    state = model.start(pack)
-    answers = [Generated([], False) for _ in range(len(pack.lengths))]
+    answers = [Generated() for _ in range(len(state))]
     alive = list(range(len(answers)))
     for made in range(1, max_new_tokens + 1):
         ids = state.logits.argmax(-1)
-        tokens = ids.tolist()
-        going = [at for at, token in enumerate(tokens) if token != end]
-        for at, token in enumerate(tokens):
+        two = state.logits.topk(2, -1).values.float()
+        tokens, gaps = ids.tolist(), (two[:, 0] - two[:, 1]).tolist()
+        for at, (prompt, token) in enumerate(zip(alive, tokens)):
+            one = answers[prompt]
+            one.gap = min(one.gap, gaps[at])
+            if prompt in watch:
+                one.logits.append(state.logits[at].float())
             if token == end:
-                answers[alive[at]].finished = True
+                one.finished = True
             else:
-                answers[alive[at]].tokens.append(token)
+                one.tokens.append(token)
+        going = [at for at, token in enumerate(tokens) if token != end]
         if not going or made == max_new_tokens:
             break
         if len(going) < len(alive):

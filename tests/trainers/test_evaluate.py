@@ -24,7 +24,7 @@ def test_the_command_is_predict_and_score(tmp_path: Path, capsys: pytest.Capture
     }  # fmt: skip
     ctx = Context.local(tmp_path / "stage", {"id": "p", "spec": spec}, {"asked": asked, "talkative": store / "talkative"})
     predict.run(spec, ctx)
-    wanted = score.score(parquet.read_table(ctx.out / "predictions.parquet"), "vlmevalkit", "mean_per_class")[1]
+    wanted = score.score(parquet.read_table(ctx.out / "predictions.parquet"), "vlmevalkit", "mean_per_class")[1] | {"method": "generate"}
 
     # the same model, its llm in an artefact of its own that passes the other parts on
     tuned = store / "tuned"
@@ -40,6 +40,11 @@ def test_the_command_is_predict_and_score(tmp_path: Path, capsys: pytest.Capture
     scores = json.loads((tmp_path / "out" / "colours" / "out" / "scores.json").read_text())
     assert {k: v for k, v in scores.items() if k != "dropped"} == wanted
     assert parquet.read_table(tmp_path / "out" / "colours" / "out" / "scored.parquet").num_rows == 30
+    assert evaluate.main([*arguments, "--method", "likelihood", "--method", "generate", "--metric", "mean_per_class"]) == 0
+    shown = capsys.readouterr()
+    assert "(mean_per_class, likelihood, text_raw, n 30" in shown.out and "  likelihood_letter_per_token: " in shown.out
+    assert f"  generate: {wanted['value']:.1f} " in shown.out
+    assert "colours: 30 answers, " in shown.err and " settled by their first token; threshold " in shown.err
 
     with pytest.raises(UserError, match="same directory name"):
         evaluate.main([*arguments, "--questions", str(asked)])

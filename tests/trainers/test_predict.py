@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ import pytest
 import torch
 from pyarrow import parquet
 
+from datasets_ray import streaming
 from datasets_ray.errors import UserError
 from datasets_ray.images import recipe_from_json
 from datasets_ray.prompts import generation_prompt
 from datasets_ray.questions import Pixels
-from datasets_ray.rows import RowTable
+from datasets_ray.rows import RowTable, write_rows
 from datasets_ray.tokens import encode, end_id, load_tokenizer
 from tests.trainers import evaluation_kit as kit
-from trainers import loaded, predict
+from trainers import answering, loaded, predict
 from trainers.batch import TensorPack
 from trainers.context import Context, Interrupted
 from trainers.models import build
@@ -101,9 +103,10 @@ def test_images_of_their_own_size_don_t_see_their_neighbours(world: dict[str, An
 def test_every_question_is_kept_in_order_with_its_prompt(world: dict[str, Any], tmp_path: Path) -> None:
     _, rows, ctx = predicted(world, tmp_path)
     asked = list(RowTable(world["inputs"]["asked"]))
-    assert list(rows[0]) == ["id", "prompt", "options", "answer", "label", "text", "finished"]
+    kept = ["id", "options", "answer", "label", "meta"]
+    assert list(rows[0]) == ["id", "prompt", "options", "answer", "label", "meta", "text", "finished"]
     for row, question in zip(rows, asked, strict=True):
-        assert (row["id"], row["options"], row["answer"], row["label"]) == tuple(question[k] for k in ("id", "options", "answer", "label"))
+        assert [row[name] for name in kept] == [question[name] for name in kept]
         assert row["prompt"].count("<image>") == len(question["images"])
         assert f"A. {row['options'][0]}\nB. {row['options'][1]}" in row["prompt"] and row["prompt"].endswith(f"{kit.SUFFIX} ASSISTANT:")
     manifest = json.loads((ctx.out / "manifest.json").read_text())
@@ -133,9 +136,10 @@ def test_an_interrupted_stage_goes_on_from_its_parts(world: dict[str, Any], tmp_
         return answer(self, chunk)
 
     monkeypatch.setattr(predict.Answerer, "answer", counting)
-    (stopped.work / "parts" / "0-999.parquet").write_bytes(b"PAR1 torn")
+    (stopped.work / "answers" / "0-999.parquet").write_bytes(b"PAR1 torn")
     summary = predict.run(spec, Context.local(tmp_path / "stopped", stage, world["inputs"]))
-    assert len(asked_again) == COUNT - 64 and summary == whole[0]
+    assert len(asked_again) == COUNT - 64
+    assert {**summary, "threshold": whole[0]["threshold"]} == whole[0], "what is measured anew is the threshold"
     assert (stopped.out / "predictions.parquet").read_bytes() == (whole[2].out / "predictions.parquet").read_bytes()
 
 
@@ -180,10 +184,36 @@ def test_unreadable_images_are_counted_up_to_a_share(world: dict[str, Any], tmp_
 
 
 def test_mistakes_are_named(world: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown prediction method 'likelihood'"):
-        predicted(world, tmp_path / "m", method="likelihood")
+    with pytest.raises(UserError, match=r"unknown prediction method 'first_tokens'\n.*did you mean 'first_token'"):
+        predicted(world, tmp_path / "m", method=["likelihood", "first_tokens"])
+    with pytest.raises(UserError, match=r"no prediction method\n.*generate, first_token, likelihood"):
+        predicted(world, tmp_path / "n", method=[])
+    write_rows([], tmp_path / "none")
+    with pytest.raises(UserError, match=r"a question set without questions .*n = 0"):
+        predicted({**world, "inputs": {**world["inputs"], "asked": tmp_path / "none"}}, tmp_path / "o")
     with pytest.raises(UserError, match="140 questions show images"):
         predicted(world, tmp_path / "i", image=None)
+
+
+def test_large_sets_are_decoded_by_the_stream(world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray Data would run, run by a thread: the same answers, the same reasons, nothing kept in this process."""
+    one = {**world, "inputs": {**world["inputs"], "asked": kit.questions(tmp_path / "one", COUNT, text_only=10, broken=1)}}
+    plain = predicted(one, tmp_path / "plain")
+    monkeypatch.setattr(answering, "STREAMED_ROWS", COUNT)
+    monkeypatch.setattr(answering, "KEPT_BYTES", 0)
+    tasks: list[Any] = []
+
+    class Streamed(streaming.Stream):  # type: ignore[type-arg]
+        def __init__(self, task: Any, steps: Any, **names: Any) -> None:
+            monkeypatch.setattr(streaming, "_ray_runs", lambda: False)
+            tasks.append(pickle.loads(pickle.dumps(task)))
+            super().__init__(tasks[-1], steps, **names)
+
+    monkeypatch.setattr(streaming, "_ray_runs", lambda: True)
+    monkeypatch.setattr(streaming, "Stream", Streamed)
+    summary, rows, ctx = predicted(one, tmp_path / "streamed", batch=20)
+    assert len(tasks) == 1 and rows == plain[1] and summary["dropped"] == {"image unreadable": 1}
+    assert not next(value for key, (value, _) in ctx.cache._items.items() if key.startswith("pixels:"))._kept
 
 
 @pytest.mark.slow

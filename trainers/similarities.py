@@ -1,6 +1,7 @@
 """Stage `similarities`: image embeddings and class names in, cosines out. No image is read.
 
-In: `{"embeddings": id, "model": ModelSpec (family clip), "rows": id, "template": "a photo of a {}"}`; `template` may be a list.
+In: `{"embeddings": id, "model": ModelSpec (family clip), "rows": id, "template": "a photo of a {}"}`; `template` may be a list, or
+`{"ensemble": NAME}`, CLIP's own texts for a data set (`datasets_ray.clip_templates`).
 Out: `similarities.npy` float32[N, C] and `manifest.json` (ids, classes, template, model).
 
 Each class name is written into the template, embedded and L2-normalised; several templates are averaged and normalised again
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from datasets_ray.clip_templates import ensemble
 from datasets_ray.errors import UserError
 from datasets_ray.packing import Batch, Segment, pack
 from datasets_ray.prompts import Piece, Rendered, RowError
@@ -39,9 +41,11 @@ def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     classes = rows.manifest["classes"] or sorted(set(rows.column("label")))
     model = load_model(spec["model"], made["image"], made["precision"], ctx)
     with ctx.working():
-        texts, cut = class_embeddings(model, classes, spec["template"], ctx.device)
+        given = spec["template"]
+        template = ensemble(given["ensemble"], ctx.data_root) if isinstance(given, dict) else given
+        texts, cut = class_embeddings(model, classes, template, ctx.device)
         matrix = np.load(folder / "embeddings.npy") @ texts.T
-    facts = {"template": spec["template"], "model": model_name(spec["model"]), "truncated": cut}
+    facts = {"template": template, "model": model_name(spec["model"]), "truncated": cut}
     return write(matrix, ctx.out, ids=made["ids"], classes=classes, **facts)
 
 
@@ -79,7 +83,9 @@ def class_embeddings(model: Any, classes: Sequence[str], template: str | Sequenc
 
 
 def _tokenise(model: Any, texts: Sequence[str], device: str) -> tuple[Any, int]:
-    """Texts as the tower was trained to read them: text and end token, packed; or padded by open_clip's own tokenizer."""
+    """Texts as the tower was trained to read them: text and end token, packed; or padded by open_clip's or the model's own tokenizer."""
+    if hasattr(model, "tokenize"):
+        return model.tokenize(texts, device)
     if model.tokenizer is None:
         import open_clip
 

@@ -13,7 +13,7 @@ A contrast is {"name", "axis", "from", "to", "where"}. `from` and `to` are value
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,20 +23,9 @@ import numpy as np
 from datasets_ray.errors import UserError, nearest
 from grid import stats
 from grid.results import PER_CLASS, Arm, Results
+from grid.where import Clause, parse_where
 
 METHOD = "paired bootstrap over questions"
-FACTS = ("row", "source", "init", "name")
-"""What a clause may name besides the axes."""
-
-
-@dataclass(frozen=True)
-class Clause:
-    key: str
-    values: tuple[str, ...]
-    negated: bool
-
-    def holds(self, facts: Mapping[str, str]) -> bool:
-        return (facts[self.key] in self.values) != self.negated
 
 
 @dataclass(frozen=True)
@@ -73,26 +62,6 @@ class Effect:
     groups: dict[str, Estimate]
     benchmarks: dict[str, Estimate]
     notes: tuple[str, ...] = ()
-
-
-def parse_where(text: str, keys: Iterable[str], at: str = "") -> tuple[Clause, ...]:
-    """The clauses of a `where`; keys are the axes. Raises UserError naming the clause that is wrong."""
-    known, clauses = [*keys, *FACTS], []
-    for part in filter(None, (piece.strip() for piece in text.split(";"))):
-        negated = "!=" in part
-        key, sign, value = (s.strip() for s in part.partition("!=" if negated else "="))
-        values = tuple(v.strip() for v in value.split("|"))
-        if not sign or not key or not all(values) or "=" in value:
-            raise UserError(
-                f"cannot read the clause {part!r} of where {text!r}",
-                why="a clause is key=value, key=a|b or key!=value",
-                hint="join clauses by ';', for example arch=llava;row!=2",
-                where=at,
-            )
-        if key not in known:
-            raise UserError(f"where names {key!r}", why="neither an axis nor row, source, init, name", hint=nearest(key, known), where=at)
-        clauses.append(Clause(key, values, negated))
-    return tuple(clauses)
 
 
 def parse_contrast(given: Mapping[str, Any], axes: Sequence[str], at: str = "") -> Contrast:
@@ -190,7 +159,7 @@ def _estimate(
     if not gaps:
         return Estimate(None)
     mean = float(np.mean(gaps))
-    drawn = [_difference(used, member, notes) for member in members]
+    drawn = [difference(used, member, notes) for member in members]
     samples = [one for one in drawn if one is not None]
     if len(samples) < len(drawn):
         return Estimate(mean, pairs=len(gaps))
@@ -201,7 +170,7 @@ def _estimate(
     return Estimate(mean, interval.low + shift, interval.high + shift, p, None, len(gaps), sum(one.values.size for one in samples))
 
 
-def _difference(pairs: Sequence[tuple[Arm, Arm]], benchmark: str, notes: list[str]) -> stats.Sample | None:
+def difference(pairs: Sequence[tuple[Arm, Arm]], benchmark: str, notes: list[str]) -> stats.Sample | None:
     """Per question, the mean over pairs of (right in `to`) - (right in `from`): float[N] in -1..1. None without row-level data.
 
     Forming it before resampling draws a question once for all arms, so pairs that share an arm need no independence.

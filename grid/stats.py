@@ -143,6 +143,24 @@ def sign_flip_test(samples: Sequence[Sample], seed: int, resamples: int = 10_000
     return (1 + reached) / (1 + resamples)
 
 
+def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
+    """(questions only the first got right, only the second, exact two-sided p) of two models' answers, bool[N] each, question by question.
+
+    McNemar's test without its normal approximation: where just one is right, either is as likely under no difference (a binomial of one
+    half). Exact at every N, in whole numbers.
+    """
+    one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    assert one.shape == other.shape, "the same questions"
+    if one.size == 0:
+        raise UserError("a paired test over no questions", why="n = 0", hint="run the benchmark, or leave it out of the study")
+    only_first, only_second = int(np.sum(one & ~other)), int(np.sum(other & ~one))
+    apart, tail, term = only_first + only_second, 0, 1
+    for k in range(min(only_first, only_second) + 1):
+        tail += term
+        term = term * (apart - k) // (k + 1)
+    return only_first, only_second, min(1.0, 2 * tail / 2**apart)
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's step-down adjustment (1979): family-wise, no assumption on dependence."""
     ordered = sorted(p_values.items(), key=lambda item: item[1])

@@ -151,7 +151,7 @@ def _answered(shares: dict[str, float], n: int = 240, metric: str = "accuracy", 
         for llm in "ab":
             arm = _arm(f"{encoder} {llm}", encoder, llm=llm)
             correct = np.where(rng.random(n) < 0.5, hard, rng.random(n)) < share
-            answers = Answers(ids, labels, correct, np.ones(n, bool), np.full(n, 5), np.full(n, "A"))
+            answers = Answers(ids, labels, correct, np.ones(n, bool), np.full(n, 5), np.full(n, "A"), np.full(n, 0.2))
             value = 100 * stats.sample(correct, labels if metric == PER_CLASS else None).mean
             arm.scores["pets"] = Score(value, metric, n=n, answers=answers)
             arms.append(arm)
@@ -184,7 +184,7 @@ def test_questions_that_an_arm_lacks_are_left_out_aloud() -> None:
     results = _answered({"weak": 0.5, "strong": 0.7})
     last = results.arms[-1].scores["pets"].answers
     assert last is not None
-    short = Answers(*(getattr(last, name)[5:][::-1] for name in ("ids", "labels", "correct", "valid", "options", "letters")))
+    short = Answers(*(getattr(last, name)[5:][::-1] for name in ("ids", "labels", "correct", "valid", "options", "letters", "guess")))
     results.arms[-1].scores["pets"] = Score(100 * short.correct.mean(), n=235, answers=short)
     (effect,) = effects.compute(results)
     assert effect.groups["fine_grained"].questions == 235

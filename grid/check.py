@@ -1,8 +1,10 @@
 """Preflight: is everything there that a run of this study needs? Numbered steps, every failure at once, each with its way out; exit 1.
 
-    python -m grid.check STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KEY=VALUE ...] [--out DIR]
+    python -m grid.check STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KEY=VALUE ...] [--out DIR] [--launcher FILE]
 
 Looks and computes, writes nothing, downloads nothing. The machine, the data and the models are looked at by processes of their own.
+--launcher holds a RayJob, a `ray up` YAML or a Slurm script against the profile. Where RAY_ADDRESS names a cluster, each of its nodes is
+looked at; for that, markers are written into the shared folders and removed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from grid import options, probe
+from grid import launchers, options, probe
 from grid.cost import HEADROOM
 from grid.load import Loaded, load
 from grid.plan import plan
@@ -27,7 +29,7 @@ RAY_GIB = 1.5
 """Ray's own processes, the driver and the ledger, measured on the demo."""
 WORKER_GIB = 0.9
 """A worker before it holds a model: torch, transformers, deepspeed and ray imported."""
-SECONDS = {"machine": 120.0, "data": 300.0, "models": 300.0}
+SECONDS = {"machine": 120.0, "data": 300.0, "models": 300.0, "cluster": 700.0}
 
 
 class Failed(Exception):
@@ -47,10 +49,15 @@ class Preflight:
     facts: dict[str, Any] | None = None
 
     def steps(self) -> list[tuple[str, Callable[[], str]]]:
-        return [
+        steps = [
             ("study and profile", self.study), ("plan", self.plan), ("data sets", self.data), ("models and tokenizers", self.models),
             ("machine", self.machine), ("memory", self.memory), ("disk", self.disk),
         ]  # fmt: skip
+        if self.arguments.launcher:
+            steps.append(("launcher", self.launcher))
+        if os.environ.get("RAY_ADDRESS"):
+            steps.append(("nodes of the cluster", self.cluster))
+        return steps
 
     def study(self) -> str:
         given = self.arguments
@@ -71,14 +78,41 @@ class Preflight:
             failure = {"what": f"data_root {root} is no folder", "why": "", "hint": "--set data_root=DIR, or FINEGRID_DATA=DIR"}
             raise Failed([failure])
         found = self._probe("data", {"sets": sets, "data_root": root})
-        notes = [
-            f"{name}: {found[name]['photos']} photos, the profile says {data.rows}"
+        failures, notes = self._sizes(sets, found)
+        if failures:
+            raise Failed(failures)
+        notes += [
+            f"{name}: {found[name]['photos']} photos, the profile says {data.rows} (estimates only)"
             for name, data in profile.data.items()
             if name in found and data.rows and found[name]["photos"] not in (None, data.rows) and "rows" not in data.keys
         ]
-        return f"{len(sets)} sources make their first row" + "".join(f"\n      note: {note} (estimates only)" for note in notes)
+        return f"{len(sets)} sources make their first row" + "".join(f"\n      note: {note}" for note in notes)
+
+    @staticmethod
+    def _sizes(sets: dict[str, Any], found: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
+        """(failures, notes) of data sets whose lists don't hold as many records as their releases."""
+        failures, notes = [], []
+        for name, spec in sets.items():
+            records, expected = found.get(name, {}).get("records"), spec.get("expect")
+            if records is None or expected is None or records == expected:
+                continue
+            if spec.get("allow_subset"):
+                notes.append(f"{name}: {records:,} of {expected:,} records, allowed")
+                continue
+            hint = f"get the whole release, or say `allow_subset: true`, which every table then says (--set data.{name}.allow_subset=true)"
+            failures.append({"what": f"{name}: {records:,} records, its release has {expected:,}", "why": "", "hint": hint})
+        return failures, notes
 
     def models(self) -> str:
+        wanted, checkpoints = self._models()
+        held = [{"checkpoint": name, "revision": revision} for name, revision in checkpoints]
+        self._probe("models", {"tokenizers": wanted, "checkpoints": held})
+        loose = sorted(name for name, revision in checkpoints if revision is None and not Path(name).is_dir())
+        note = f"\n      note: no revision pinned for {', '.join(loose)}" if loose else ""
+        return f"{len(wanted)} tokenizers fit, {len(held)} checkpoints at hand{note}"
+
+    def _models(self) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
+        """(tokenizers with their template and vocabulary, checkpoints by name and revision) of the plan."""
         tokenizers: dict[Any, None] = {}
         checkpoints: dict[Any, Any] = {}
         for stage in self._need(self.planned)["stages"]:
@@ -95,12 +129,7 @@ class Preflight:
                 config = model["parts"]["llm"]["config"]
                 vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
                 tokenizers[model["tokenizer"], model.get("template"), vocabulary] = None
-        wanted = [{"name": name, "template": template, "vocabulary": size} for name, template, size in tokenizers]
-        held = [{"checkpoint": name, "revision": revision} for name, revision in checkpoints]
-        self._probe("models", {"tokenizers": wanted, "checkpoints": held})
-        loose = sorted(name for name, revision in checkpoints if revision is None and not Path(name).is_dir())
-        note = f"\n      note: no revision pinned for {', '.join(loose)}" if loose else ""
-        return f"{len(wanted)} tokenizers fit, {len(held)} checkpoints at hand{note}"
+        return [{"name": name, "template": template, "vocabulary": size} for name, template, size in tokenizers], checkpoints
 
     def machine(self) -> str:
         self.facts = self._probe("machine", {})
@@ -109,6 +138,8 @@ class Preflight:
         seen = f"{facts['cpus']:g} CPUs, {facts['gpus']:g} GPUs, {facts['memory_gib']:.1f} GiB free; {versions}"
         if self.loaded is None:
             return seen
+        if self.arguments.launcher and not os.environ.get("RAY_ADDRESS"):
+            return f"{seen}; the launcher's nodes compute, this machine submits"
         resources = self.loaded.profile.resources
         wanted = resources.workers * resources.gpus_per_worker
         if wanted > facts["gpus"]:
@@ -153,6 +184,30 @@ class Preflight:
             raise Failed([{"what": f"about {need:.1f} GiB needed at {there}, {free:.1f} free", "why": "", "hint": hint}])
         return f"about {need:.2f} GiB of {free:.1f} GiB free at {there}"
 
+    def launcher(self) -> str:
+        return launchers.check(self.arguments.launcher, self._need(self.loaded))
+
+    def cluster(self) -> str:
+        planned, profile = self._need(self.planned), self._need(self.loaded).profile
+        store, out = profile.store or os.environ.get("FINEGRID_STORE"), self.arguments.out
+        root = profile.data_root or os.environ.get("FINEGRID_DATA")
+        if not store and not out:
+            hint = "--set store=DIR on shared storage, or --out DIR"
+            raise Failed([{"what": "no folder that all nodes share", "why": "finished stages pass between nodes", "hint": hint}])
+        writable = {name: os.path.abspath(path) for name, path in (("store", store), ("out", out)) if path}
+        tokenizers, checkpoints = self._models()
+        need = planned["totals"]["disk_gib"] + planned["totals"]["work_gib"]
+        facts = self._probe("cluster", {
+            "writable": writable, "readable": {"data_root": os.path.abspath(root)} if root else {},
+            "need_gib": {"store" if store else "out": need}, "workers": profile.resources.workers,
+            "gpus_per_worker": profile.resources.gpus_per_worker,
+            "models": {"tokenizers": tokenizers, "checkpoints": [{"checkpoint": n, "revision": r} for n, r in checkpoints]},
+        })  # fmt: skip
+        shared = " and ".join(writable)
+        return (
+            f"{facts['nodes']} nodes, {facts['cpus']:g} CPUs, {facts['gpus']:g} GPUs; {shared} shared; tokenizers and checkpoints on each"
+        )
+
     def _probe(self, task: str, request: dict[str, Any]) -> dict[str, Any]:
         answer = probe.ask(task, request, SECONDS[task])
         if answer["failures"]:
@@ -172,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser("grid.check", __doc__)
     options.study(parser)
     parser.add_argument("--out", metavar="DIR", help="where the run would write")
+    parser.add_argument("--launcher", metavar="FILE", help="a RayJob, a cluster of `ray up` or a Slurm script that would start it")
     given = parser.parse_args(argv)
     with contextlib.suppress(UserError):  # the first step tells it
         path, reason = choose(given.profile)

@@ -1,6 +1,6 @@
-"""Looks at the machine, the data or the models in a process of its own, so that a hang, a crash or a heavy import stays there.
+"""Looks at the machine, the data, the models or a cluster in a process of its own, so that a hang, a crash or a heavy import stays there.
 
-    python -m grid.probe machine|data|models < request.json        one JSON object on the last line of stdout
+    python -m grid.probe machine|data|models|cluster < request.json        one JSON object on the last line of stdout
 
 In: what the plan needs (JSON on stdin). Out: facts and failures `{"what", "why", "hint"}`. Used by grid.check.
 """
@@ -22,6 +22,8 @@ from typing import Any
 from datasets_ray.errors import UserError
 
 Failure = dict[str, str]
+TRIED = 8
+"""Rows made of a data set: one dead address at its head says nothing."""
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "open_clip_torch", "mlflow", "pyarrow")
 
 
@@ -97,7 +99,7 @@ def _gpus() -> int:
 
 
 def data(request: dict[str, Any]) -> dict[str, Any]:
-    """Makes the first row of every data set: its reader, keys, folder, lists and an image are tried. request: sets, data_root."""
+    """Makes the first rows of every data set: its reader, keys, folder, lists and an image are tried. request: sets, data_root."""
     from datasets_ray.sources import build
 
     failures: list[Failure] = []
@@ -106,17 +108,41 @@ def data(request: dict[str, Any]) -> dict[str, Any]:
     for name, spec in request["sets"].items():
         with tempfile.TemporaryDirectory() as directory:
             try:
-                manifest = build({**spec, "rows": 1}, Path(directory), _no_inputs, request["data_root"])
+                manifest = build({**spec, "rows": TRIED}, Path(directory), _no_inputs, request["data_root"])
             except UserError as error:
                 told.setdefault((error.what, error.why, error.hint), []).append(name)
             except Exception as error:  # a reader that breaks is a failure of this data set, not of the check
                 failures.append({"what": f"{name}: its reader broke", "why": f"{type(error).__name__}: {error}", "hint": ""})
             else:
-                made[name] = {key: manifest.get(key) for key in ("rows", "photos", "dropped")}
+                made[name] = {
+                    **{key: manifest.get(key) for key in ("rows", "photos", "dropped")},
+                    "records": _records(spec, manifest, request),
+                }
                 if not manifest["rows"]:
-                    failures.append({"what": f"{name}: its first row can't be used", "why": str(manifest["dropped"]), "hint": ""})
+                    what = f"{name}: none of its first {TRIED} rows can be used"
+                    failures.append({"what": what, "why": str(manifest["dropped"]), "hint": ""})
     grouped = [{"what": f"{', '.join(names)}: {what}", "why": why, "hint": hint} for (what, why, hint), names in told.items()]
     return {"facts": made, "failures": grouped + failures}
+
+
+def _records(spec: dict[str, Any], manifest: dict[str, Any], request: dict[str, Any]) -> int | None:
+    """How many records the whole set holds, by its lists: nothing is decoded. None where only making all rows would tell."""
+    if "expect" not in spec:
+        return None
+    from datasets_ray.files import below
+
+    if spec["source"] == "llava_json":
+        from datasets_ray.jsonlist import records
+
+        return sum(1 for _ in records(below(spec, "file", request["data_root"])))
+    if spec["source"] == "vlmevalkit_tsv":
+        from datasets_ray.tsv import Table
+        from datasets_ray.vlmevalkit_tsv import Reader, scan
+
+        file = below(spec, "file", request["data_root"], [spec["file"], f"LMUData/{spec['file']}"])
+        return len(scan(Reader(Table(file), spec, file.parent), {key: value for key, value in spec.items() if key != "rows"})[0])
+    counts = [manifest[key] for key in ("photos", "questions", "records") if manifest.get(key)]
+    return max(counts, default=None)
 
 
 def _no_inputs(id: str) -> Path:
@@ -163,7 +189,22 @@ def _at_hand(checkpoint: str, revision: str | None) -> bool:
     return any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
 
 
-TASKS = {"machine": machine, "data": data, "models": models}
+def cluster(request: dict[str, Any]) -> dict[str, Any]:
+    """Every node of the cluster at RAY_ADDRESS: see grid/probe_cluster.py."""
+    from grid.probe_cluster import probe
+
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        import ray
+
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # ray raises its own, gRPC's and OS errors here
+        hint = "is RAY_ADDRESS right, and RAY_AUTH_TOKEN_PATH the cluster's token?"
+        return {"facts": {}, "failures": [{"what": f"no Ray cluster at {address}", "why": str(error).splitlines()[0], "hint": hint}]}
+    return probe(ray, request)
+
+
+TASKS = {"machine": machine, "data": data, "models": models, "cluster": cluster}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

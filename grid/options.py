@@ -25,6 +25,19 @@ def study(to: argparse.ArgumentParser) -> None:
     to.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="set a dotted key of study or profile (repeatable)")
 
 
+def simulation(to: argparse.ArgumentParser) -> None:
+    """--simulate and what goes with it (grid.simulate)."""
+    group = to.add_argument_group("simulation")
+    group.add_argument(
+        "--simulate", metavar="NODESxGPUS[:FAILURES]", action="append", default=[],
+        help="play the plan on such a cluster instead of printing it (cores in place of GPUs for a CPU profile); FAILURES: of nodes a day, "
+        "all together (repeatable)",
+    )  # fmt: skip
+    group.add_argument("--measured", metavar="RUN", help="stage times as this run directory has them, not from the FLOP model")
+    group.add_argument("--price", metavar="AMOUNT", type=float, help="of a GPU-hour: the whole cluster is paid from start to end")
+    group.add_argument("--assume", metavar="KEY=VALUE", action="append", default=[], help="what the plan doesn't say (repeatable)")
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:
     """Runs a command and leaves the process: 0 or the command's code, 1 for a user's mistake, 130 when interrupted."""
     try:

@@ -79,6 +79,12 @@ def _shape(recipe: ImageRecipe | None) -> tuple[int, int] | None:
     return (recipe.size, recipe.size) if recipe.uniform else None  # type: ignore[attr-defined]
 
 
+def _row_bytes(recipe: ImageRecipe | None, tokens: int) -> int:
+    """About what a row takes on its way to the consumer: ids, labels and positions of a typical row, one image."""
+    side = 0 if recipe is None else recipe.size if recipe.uniform else 640  # type: ignore[attr-defined]
+    return 24 * min(tokens, 256) + 3 * side * side
+
+
 @dataclass(frozen=True)
 class TrainTask:
     """Row numbers of a step → this rank's micro-batches. Each rank encodes the whole step and decodes only its own images."""
@@ -153,7 +159,8 @@ def train_batches(
     A step's samples, and `samples` and `valid` of its batches, are the same for all ranks. A row dropped from a step leaves it smaller.
     """
     task = TrainTask(tuple(str(d) for d in directories), encoding, rank, world, micro_tokens)
-    return Stream(task, [index[step] for step in range(start_step, len(index))], name=name)
+    steps = [index[step] for step in range(start_step, len(index))]
+    return Stream(task, steps, name=name, step_bytes=_row_bytes(encoding.image, encoding.max_tokens) * (len(steps[0]) if steps else 1))
 
 
 def _runs(directory: str, batch: int, rank: int, world: int) -> list[np.ndarray]:
@@ -206,4 +213,5 @@ def image_batches(
     directory: str | Path, recipe: ImageRecipe, batch: int, *, rank: int = 0, world: int = 1, name: str = "images"
 ) -> Stream[ImageBatch]:  # fmt: skip
     """The rows' first images in row order, `batch` rows at a time; rows without a readable image are dropped and counted."""
-    return Stream(ImageTask(str(directory), recipe), _runs(str(directory), batch, rank, world), name=name)
+    runs = _runs(str(directory), batch, rank, world)
+    return Stream(ImageTask(str(directory), recipe), runs, name=name, step_bytes=_row_bytes(recipe, 0) * batch)

@@ -29,8 +29,11 @@ CPUS = 0.25
 WORKERS = 2
 """Data tasks of one stream at a time."""
 BLOCKS = 256
-"""A stream is cut into about so many blocks at most; a block has at least STEPS steps."""
-STEPS = 4
+"""A stream is cut into about so many tasks at most."""
+TASK_BYTES, MOST_STEPS = 8 << 20, 64
+"""A task makes about so many bytes of results, and no more steps than this: starting one costs as much as 20 steps of a miniature."""
+CHUNK_BYTES = 1 << 20
+"""Results are handed on together up to this size, the first one of a task alone."""
 STORE_BYTES = 256 << 20
 """Results of one stream that may wait in the object store."""
 
@@ -48,15 +51,17 @@ _END = object()
 class Stream(Iterator[T], Generic[T]):
     """Results in order, made ahead from the moment the stream exists. Iterate once; close it (or use `with`) when you stop early.
 
-    stats: summed over what has been handed out. waited: seconds the consumer has waited for results.
+    stats: summed over what has been handed out. waited: seconds the consumer has waited for results. step_bytes: a step's result, about.
     """
 
-    def __init__(self, task: Task[T], steps: Sequence[np.ndarray], *, name: str, ahead: int = 2, workers: int = WORKERS) -> None:
+    def __init__(
+        self, task: Task[T], steps: Sequence[np.ndarray], *, name: str, ahead: int = 2, workers: int = WORKERS, step_bytes: int = 1 << 20
+    ) -> None:  # fmt: skip
         self.stats = Stats()
         self.waited = 0.0
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        source = _ray(task, steps, name, workers) if _ray_runs() else _plain(task, steps)
+        source = _ray(task, steps, name, workers, step_bytes) if _ray_runs() else _plain(task, steps)
         self._thread = threading.Thread(target=_pump, args=(source, self._queue, self._stop), name=f"data-{name}", daemon=True)
         self._thread.start()
 
@@ -139,7 +144,7 @@ def _plain(task: Task[T], steps: Sequence[np.ndarray]) -> Generator[tuple[T, Sta
         yield task(numbers)
 
 
-def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int) -> Generator[tuple[T, Stats]]:
+def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, step_bytes: int) -> Generator[tuple[T, Stats]]:
     """The same by Ray Data: blocks of steps → map_batches → one binary column, a row per step."""
     if not len(steps):
         return
@@ -151,12 +156,20 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int) ->
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn that we asked for no progress bars
-    size = max(STEPS, -(-len(steps) // BLOCKS))
+    size = max(1, -(-len(steps) // BLOCKS), min(MOST_STEPS, TASK_BYTES // max(1, step_bytes)))
     items = [{"rows": np.asarray(numbers, dtype=np.int64).tobytes()} for numbers in steps]
 
     def encode(block: pa.Table) -> Iterator[pa.Table]:
+        made: list[bytes] = []
+        room = 0
         for numbers in block.column("rows"):
-            yield pa.table({"result": pa.array([_dump(task, np.frombuffer(numbers.as_py(), dtype=np.int64))], type=pa.large_binary())})
+            made.append(_dump(task, np.frombuffer(numbers.as_py(), dtype=np.int64)))
+            room -= len(made[-1])
+            if room <= 0:
+                yield pa.table({"result": pa.array(made, type=pa.large_binary())})
+                made, room = [], CHUNK_BYTES
+        if made:
+            yield pa.table({"result": pa.array(made, type=pa.large_binary())})
 
     encode.__name__ = name  # what the dashboard shows
     # from_items and not from_arrow, which would start a whole-CPU task per block only to read its schema
@@ -166,7 +179,7 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int) ->
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = 1  # hand on each step as soon as it is made
+    context.target_max_block_size = 1  # hand on what `encode` yields as it is, not joined to larger blocks
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=STORE_BYTES)
     batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))

@@ -211,7 +211,7 @@ def test_images_for_embedding(tmp_path):
     assert sorted(n for half in halves for b in half for n in b.numbers.tolist()) == [0, 1, 2, 3, *range(5, 12)]
     assert [n for b in batches for n in b.numbers.tolist()] == [0, 1, 2, 3, *range(5, 12)]
     assert all(b.images.shape == (len(b.ids), 16, 16, 3) for b in batches)
-    assert stream.stats.dropped == {"image unreadable": 1}
+    assert stream.stats.dropped == {"image cut short": 1}
 
 
 def test_what_is_remembered_is_what_would_be_made(directories, monkeypatch):

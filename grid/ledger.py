@@ -3,8 +3,9 @@
 In: the plan's stage graph, what the store already holds, reports of the lanes. Out: grants, the state of every arm, and two
 append-only files it alone writes: `ledger.jsonl` (attempts; they survive the driver) and `timeline.jsonl` (where lane time went).
 
-A stage goes to one lane at a time. Order: stages whose model the lane has just in hand, then arms as the study lists them,
-then the longest path of work behind. A failed stage fails the arms that need it and no others; what those arms have beside it still runs.
+A stage goes to one lane at a time. Order: stages whose model the lane has just in hand, then arms by their longest chain of stages
+(equal ones as the study lists them), so that no lane ends alone on a long chain; within an arm the longest path of work behind.
+A failed stage fails the arms that need it and no others; what those arms have beside it still runs.
 """
 
 from __future__ import annotations
@@ -50,7 +51,6 @@ class LedgerCore:
         for name in ("ledger.jsonl", "timeline.jsonl"):
             mend(self.folder / name)
         self.stages: dict[str, dict[str, Any]] = {stage["id"]: stage for stage in plan["stages"]}
-        # stand-ins for released models first: their chains of stages are the longest, and left to the end they would run alone
         self.arms: dict[str, list[str]] = {arm["name"]: arm["stages"] for arm in [*plan.get("references", []), *plan["arms"]]}
         finished = set(done)
         self.state = {i: DONE if i in finished else WAITING for i in self.stages}
@@ -228,15 +228,18 @@ class LedgerCore:
         return 2 if any(models <= entry["warm"] for entry in self.lanes.values() if not entry["dead"]) else 1
 
     def _priorities(self) -> dict[str, tuple[int, float, int]]:
-        first = dict.fromkeys(self.stages, len(self.arms))
-        for index, stages in enumerate(self.arms.values()):
-            for stage in stages:
-                first[stage] = min(first[stage], index)
-        path = dict.fromkeys(self.stages, 0.0)
+        path = dict.fromkeys(self.stages, 0.0)  # seconds from a stage's start to the end of all that follows from it
         for stage in reversed(list(self.stages)):  # the plan lists stages in topological order
             path[stage] += seconds_of(self.stages[stage])
             for need in self.stages[stage]["needs"]:
                 path[need] = max(path[need], path[stage])
+        chain = dict.fromkeys(self.stages, 0.0)  # seconds of the longest chain that ends with a stage
+        for stage, entry in self.stages.items():
+            chain[stage] = seconds_of(entry) + max((chain.get(need, 0.0) for need in entry["needs"]), default=0.0)
+        first = dict.fromkeys(self.stages, len(self.arms))
+        for index, arm in enumerate(sorted(self.arms, key=lambda name: -max((chain[i] for i in self.arms[name]), default=0.0))):
+            for stage in self.arms[arm]:
+                first[stage] = min(first[stage], index)
         return {stage: (first[stage], -path[stage], index) for index, stage in enumerate(self.stages)}
 
     def _block(self) -> None:

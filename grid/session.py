@@ -16,7 +16,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from datasets_ray.errors import UserError
+from datasets_ray.errors import UserError, UserErrors
+from grid import probe
 from grid.display import Display
 from grid.jsonl import read_lines
 from grid.ledger import LedgerCore
@@ -30,6 +31,8 @@ from trainers.warm import needs
 
 POLL_SECONDS = 0.5
 START_ATTEMPTS = 4
+CLUSTER_SECONDS = 120.0
+"""Longest wait for a cluster to say what it has."""
 
 
 class Session:
@@ -39,9 +42,11 @@ class Session:
         root = Path(settings.store or os.environ.get("FINEGRID_STORE") or self.out / "store")
         self.store = Store(root)
         directory.data["store"] = str(self.store.root)
+        directory.save()  # the report and grid.status find the artefacts by it while the run goes on
         self.signals = 0
         self.stopped = threading.Event()
-        self.shape = settings.shape(plan, settings.ray_cpus(), self._gpus())
+        self.cpus, gpus = self._machine()
+        self.shape = settings.shape(plan, self.cpus, gpus)
         self.display = Display(plan, self.shape.lanes)
         self.meter = Meter(os.getpid())
         self.tracker: Any = None
@@ -86,7 +91,7 @@ class Session:
 
     def _work(self, done: list[str], arms: list[str]) -> dict[str, Any]:
         """Until every stage is settled or the run is stopped; returns the ledger's last snapshot."""
-        environment = self.settings.environment(self.shape.lanes * self.shape.workers, self.settings.ray_cpus())
+        environment = self.settings.environment(self.shape.lanes * self.shape.workers, self.cpus)
         os.environ.update(environment)  # before Ray is imported, which reads some of it then
         import ray
 
@@ -223,6 +228,10 @@ class Session:
         more = f" and {references} reference{'s' * (references != 1)}" if references else ""
         say(f"{study['name']}: {len(self.plan['arms'])} arms{more}, {len(self.plan['stages'])} stages, {self.shape}")
         say(f"run directory {self.out}" + ("" if self.store.root.is_relative_to(self.out) else f", store {self.store.root}"))
+        if study.get("batch_scale", 1.0) != 1:
+            say(f"  every batch is multiplied by {study['batch_scale']:g}")
+        if study.get("allow_subset"):
+            say(f"  may be smaller than published: {', '.join(study['allow_subset'])}")
         for notice in study.get("notices", []):
             say(f"  {notice}")
         if done:
@@ -244,9 +253,12 @@ class Session:
             state, code = "interrupted", 130
         else:
             state, code = ("failed", 2) if failed else ("finished", 0)
+        trained = [stage["id"] for stage in self.plan["stages"] if stage["kind"] == "train" and self.store.done(stage["id"])]
+        computed = {stage: self.store.read_done(stage)["summary"].get("compute") or {} for stage in trained}
         summary = summarise(
             self.plan, read_lines(self.out / "timeline.jsonl"), snapshot, epoch=self.directory.epoch, began=self.began, ended=time.time(),
             workers=self.shape.workers, skipped=skipped, memory=self.meter.stop(), budget_seconds=self.settings.budget_seconds,
+            computed=computed,
         )  # fmt: skip
         summary["state"] = state
         summary["startup"] = {**self.startup, "lanes": summary["startup_seconds"]}
@@ -257,6 +269,8 @@ class Session:
             problem = self.tracker.finish(summary)
             if problem:
                 self.display.say(f"tracking: {problem}")
+            elif address := self.tracker.address():
+                self.display.say(f"MLflow: {address}")
         summary["wall_seconds"] = time.time() - self.began
         write_json(self.out / "summary.json", summary)
         self.directory.end(state, code)
@@ -277,6 +291,15 @@ class Session:
             self.display.say(f"the report was not written ({type(error).__name__}: {error}); try: python -m grid.report {self.out}")
         else:
             self.display.say(f"report: {self.out / 'report'}")
+
+    def _machine(self) -> tuple[float, float]:
+        """(CPUs, GPUs) that lanes are laid on: the cluster's where RAY_ADDRESS names one, else this machine's."""
+        if not self.settings.cluster():
+            return self.settings.ray_cpus(), self._gpus()
+        answer = probe.ask("machine", {}, CLUSTER_SECONDS)
+        if answer["failures"]:
+            raise UserErrors(UserError(**failure) for failure in answer["failures"])
+        return answer["facts"]["cpus"], answer["facts"]["gpus"]
 
     def _gpus(self) -> float:
         if self.settings.device != "cuda":

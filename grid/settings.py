@@ -85,7 +85,7 @@ class Settings:
             "MKL_NUM_THREADS": str(threads),
             "TOKENIZERS_PARALLELISM": "false",
             "DS_ACCELERATOR": self.device,
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             # a machine busy with other things starts slowly: that is no reason to give up
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",

@@ -1,12 +1,14 @@
 """What a run took: wall time, its budget, overhead per arm, memory. Written to summary.json and printed at the end.
 
-In: timeline.jsonl, the ledger's last snapshot, the plan. Out: a JSON-able dict, and `render` for people.
+In: timeline.jsonl, the ledger's last snapshot, the plan, what training stages say they computed. Out: a JSON-able dict, and `render` for
+people.
 Overhead (the issue's definition): lane time from the moment a lane is up until the last stage ends, less the stages' own work
 (first batch asked for → last step or last prediction written). A stage that marks no work counts from call to return.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from grid.display import duration
@@ -45,11 +47,35 @@ def lane_times(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]
     return {f"{part}_seconds": seconds for part, seconds in parts.items()}
 
 
+def idle_times(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of each lane between its being up and the run's last stage in which it had no stage."""
+    end = max([event["end"] for event in epoch_events], default=0.0)
+    idle = {event["lane"]: max(0.0, end - event["time"]) for event in timeline if event["event"] == "lane_up"}
+    for event in epoch_events:
+        if event["lane"] in idle:
+            idle[event["lane"]] -= event["end"] - (event.get("begin") or event.get("claimed") or event["end"])
+    return {lane: max(0.0, seconds) for lane, seconds in sorted(idle.items())}
+
+
+def rates(computed: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Of several training stages' `compute` (trainers.meter): model TFLOPs, and shares of what their devices could have done meanwhile."""
+    stages = [one for one in computed if one.get("tflops")]
+    spent = [sum(one["tflops"].values()) for one in stages]
+    made = {"tflops": sum(spent)} if stages else {}
+    for share, rate in (("mfu", "measured_tflops_per_second"), ("mfu_datasheet", "datasheet_tflops_per_second")):
+        known = [(tflops, one["seconds"] * one["devices"] * one[rate]) for tflops, one in zip(spent, stages) if one.get(rate)]
+        if possible := sum(most for _, most in known):
+            made[share] = sum(tflops for tflops, _ in known) / possible
+    return made
+
+
 def summarise(
     plan: dict[str, Any], timeline: list[dict[str, Any]], snapshot: dict[str, Any], *, epoch: int, began: float, ended: float,
     workers: int, skipped: int, memory: dict[str, Any], budget_seconds: float | None,
+    computed: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The summary of one driver's epoch. `workers`: processes per lane, for core-seconds of collective stages."""
+    """The summary of one driver's epoch. `workers`: processes per lane, for core-seconds of collective stages; `computed`: training stage →
+    its summary's `compute`."""
     stages = {stage["id"]: stage for stage in plan["stages"]}
     lanes = [event for event in timeline if event.get("epoch", epoch) == epoch and event["event"] != "stage" and event["time"] >= began]
     events = [event for event in timeline if event["event"] == "stage" and event["epoch"] == epoch and event["stage"] in stages]
@@ -63,6 +89,9 @@ def summarise(
         entry["done"] += event["status"] in {"done", "found"}
         entry["work_seconds"] += work
         entry["other_seconds"] += event["end"] - begin - work
+    made = dict.fromkeys(event["stage"] for event in events if event["status"] == "done")
+    for name, entry in groups.items():
+        entry |= rates((computed or {}).get(stage, {}) for stage in made if group_of(stages[stage]) == name)
     times = lane_times(lanes, events)
     arms = snapshot["arms"]
     done = [name for name, arm in arms.items() if arm["state"] == "done"]
@@ -76,13 +105,14 @@ def summarise(
                 budget.append({"what": name, "stages": groups[name]["done"], "budget": seconds * groups[name]["done"], "took": cores})
     return {
         "study": plan["study"]["name"], "profile": plan["study"].get("profile"), "miniature": bool(plan["study"].get("miniature")),
+        "batch_scale": plan["study"].get("batch_scale", 1.0), "allow_subset": plan["study"].get("allow_subset", []),
         "epoch": epoch, "wall_seconds": ended - began, "budget_seconds": budget_seconds,
         "startup_seconds": max(ups) - began if ups else None,
         "arms": {"done": done, "failed": {n: a["reason"] for n, a in arms.items() if a["state"] == "failed"},
                  "open": [n for n, a in arms.items() if a["state"] not in {"done", "failed"}]},
         "stages": {**snapshot["counts"], "skipped": skipped, "attempts": len(events)},
         "failed_stages": snapshot["failed"],
-        "groups": groups, "budget": budget, "lanes": times,
+        "groups": groups, "budget": budget, "lanes": times, "idle_seconds": idle_times(lanes, events),
         "overhead_seconds_per_arm": overhead / len(arms) if events and arms else None,
         "memory": memory, "notices": snapshot["notices"],
     }  # fmt: skip
@@ -106,8 +136,22 @@ def render(summary: dict[str, Any]) -> str:
         parts = ", ".join(f"{part} {times[part + '_seconds']:.1f} s" for part in ("loading", "closing", "idle"))
         each = f"{summary['overhead_seconds_per_arm']:.2f} s an arm (limit {OVERHEAD_LIMIT:g})"
         lines.append(f"  overhead  {each}: {parts} of {times['lane_seconds']:.0f} s lane time")
+    if idle := summary.get("idle_seconds"):
+        lines.append(f"  idle      {idle_text(idle)}")
+    for name, entry in summary.get("groups", {}).items():
+        if "mfu" in entry:
+            sheet = f", {entry['mfu_datasheet']:.1%} of the data sheet's" if "mfu_datasheet" in entry else ""
+            lines.append(f"  MFU       {name}: {entry['mfu']:.1%} of the device's measured matmul rate{sheet}")
     if summary["startup_seconds"] is not None:
         lines.append(f"  start-up  {summary['startup_seconds']:.0f} s until all lanes were up")
     if summary["memory"].get("samples"):
         lines.append(f"  memory    {summary['memory']['peak_gib']:.2f} GiB at the peak, all processes (limit {MEMORY_LIMIT_GIB:g})")
     return "\n".join(lines)
+
+
+def idle_text(seconds: Mapping[str, float]) -> str:
+    """Idle time of every lane where they are few, else its spread."""
+    if len(seconds) <= 16:
+        return ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+    values = sorted(seconds.values())
+    return f"{duration(values[0])} to {duration(values[-1])} a lane, {duration(values[len(values) // 2])} in the middle"

@@ -3,8 +3,9 @@
 In: plan.json, metrics/<stage id>.jsonl, finished artefacts in the store, report/. Out: one experiment per study, a parent run per run
 directory, a child run per arm: `axis.*` parameters, series (`train/loss`; those of an arm's earlier stages under their own prefix,
 `pretrain/train/loss`), finals (`final/<benchmark>`, `final/fine_grained`, ...), datasets, scored answers. Series of base models go to the
-parent under the stage's name. What was delivered is kept per server in tracking.json and in MLflow's tags, so that a resumed run goes on in
-the same runs and nothing appears twice. A dead server loses nothing (the files stay) and stalls nothing (only this thread waits).
+parent under `weights/` and the stage's name. What was delivered is kept per server in tracking.json and in MLflow's tags, so that a resumed
+run goes on in the same runs and nothing appears twice. A dead server loses nothing (the files stay) and
+stalls nothing (only this thread waits).
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from grid import mlflow_view
 from grid.rundir import write_json
 from grid.summary import group_of, render
 
 STATE = "tracking.json"
 BATCH = 1000  # MLflow's own limit of metrics per request
+POINTS = 100  # of a series; SQLite takes half a millisecond for each
 NOTE = 7900  # characters; MLflow's tags end at 8000
 META = {"time", "token", "step"}
 LIMITS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -106,13 +109,18 @@ class Tracker:
             self.state["runs"].setdefault(run.data.tags.get("finegrid.arm", ""), run.info.run_id)
         study = self.plan["study"]
         scale = {"profile": str(study.get("profile")), "miniature": str(bool(study.get("miniature")))}
+        scale |= {"batch_scale": str(study.get("batch_scale", 1.0)), "allow_subset": ", ".join(study.get("allow_subset", [])) or "none"}
         tags = {"finegrid.run": self.run["id"], "finegrid.role": "study", **scale}
         parent = self._run("", self.out.name, tags, self._study_params())
         for arm in self.arms:
             tags = {"finegrid.run": self.run["id"], "finegrid.role": "arm", "finegrid.arm": arm["name"], **scale}
-            tags |= {"mlflow.parentRunId": parent, "source": str(arm.get("source")), **({"row": str(arm["row"])} if arm.get("row") else {})}
+            tags |= {"mlflow.parentRunId": parent, "source": str(arm.get("source")), **mlflow_view.EXPANDED}
+            tags |= {"row": str(arm["row"])} if arm.get("row") else {}
             axes = {f"axis.{key}": value for key, value in arm.get("axes", {}).items()}
             self._run(arm["name"], arm["name"], tags, {**axes, "init": arm.get("init"), "arm": arm["name"]})
+        parents = client.search_runs([self.experiment], "tags.`finegrid.role` = 'study'", max_results=1000)
+        shown = mlflow_view.view(self.plan, [run.info.run_id for run in parents])
+        client.set_experiment_tag(self.experiment, mlflow_view.TAG, json.dumps(shown))
         self._save()
 
     def _run(self, key: str, name: str, tags: dict[str, str], params: dict[str, Any]) -> str:
@@ -136,7 +144,7 @@ class Tracker:
     def _readers(self, stage: dict[str, Any]) -> list[tuple[str, str]]:
         """(run key, prefix) of every run that shows this training stage's series."""
         if group_of(stage) == "base":
-            return [("", f"{clean(stage['name'])}/")]
+            return [("", f"{mlflow_view.BASE}/{clean(stage['name'])}/")]
         readers = []
         for arm in self.arms:
             own = [i for i in arm["stages"] if self.stages[i]["kind"] == "train" and group_of(self.stages[i]) != "base"]
@@ -145,7 +153,8 @@ class Tracker:
         return readers
 
     def _series(self, stage: dict[str, Any]) -> None:
-        """New lines of one stage's metrics. A resumed stage repeats steps since its checkpoint, with equal values: shown once."""
+        """New lines of one stage's metrics, thinned to about POINTS steps (the run directory keeps all). A resumed stage repeats
+        steps since its checkpoint, with equal values: shown once."""
         from mlflow.entities import Metric
 
         identity = stage["id"]
@@ -161,6 +170,8 @@ class Tracker:
         if not text:
             return
         last = self.state["steps"].get(identity, 0)
+        steps = int(stage.get("cost", {}).get("steps") or 0)
+        every = max(1, steps // POINTS)
         values: list[tuple[str, float, int, int]] = []
         for line in text.splitlines():
             try:
@@ -171,6 +182,8 @@ class Tracker:
             if step <= last:
                 continue
             last = step
+            if "train/loss" in record and step % every and step != steps:
+                continue
             stamp = int(record.get("time", time.time()) * 1000)
             values += [(clean(k), float(v), stamp, step) for k, v in record.items() if k not in META and isinstance(v, (int, float))]
         for key, prefix in self._readers(stage):
@@ -186,6 +199,8 @@ class Tracker:
         from mlflow.entities import Metric
 
         name, run = arm["name"], self.state["runs"][arm["name"]]
+        if name in self.state["datasets"] and all(f"{name}/{b}" in self.state["finals"] for b in arm.get("scores", {})):
+            return
         scores: dict[str, float] = {}
         new = False
         for benchmark, stage in arm.get("scores", {}).items():
@@ -237,6 +252,15 @@ class Tracking:
         self.seconds, self.problem, self.started = seconds, "", False
         self._summary: dict[str, Any] | None = None
         self._wake, self._over = threading.Event(), threading.Event()
+
+    def address(self) -> str:
+        """How a person looks at it; nothing while nothing was delivered."""
+        if not self.tracker.experiment:
+            return ""
+        page, uri = mlflow_view.path(self.tracker.experiment), self.tracker.uri
+        if uri.startswith("http"):
+            return uri.rstrip("/") + page
+        return f"`make ui OUT={self.tracker.out}`, then http://127.0.0.1:5000{page}"
 
     def start(self) -> None:
         self.started = True

@@ -22,7 +22,9 @@ def arm(config: dict[str, Any]) -> None:
 
     from grid.ledger_actor import NAME, NAMESPACE
 
-    state: Any = ray.get(ray.get_actor(NAME, namespace=NAMESPACE).arm.remote(config["arm"]))
+    ledger = ray.get_actor(NAME, namespace=NAMESPACE)
+    # the task that waits bears the arm's name: Tune calls all its trials' tasks alike, and so would the dashboard
+    state: Any = ray.get(ledger.arm.options(name=f"arm {config['arm']}").remote(config["arm"]))
     if state["state"] == "failed":
         raise ArmFailed(state["reason"])
     tune.report({"finished": int(state["state"] == "done"), "stages": state["stages"]})

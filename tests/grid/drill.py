@@ -23,8 +23,10 @@ from pathlib import Path
 from grid.jsonl import read_lines
 
 KEPT = ("dataset",)
-KILLS = ("embed", "pretrain", "pretrain", "finetune checkpoint", "predict", "driver in finetune")
-"""In this order; a study without pretraining has none of those. `checkpoint`: while one is being written."""
+KILLS = ("embed", "pretrain phase 1", "pretrain phase 2", "driver in finetune", "finetune checkpoint", "predict", "driver in predict")
+"""In this order; a study without pretraining has none of those. `phase`: before or after 20 % of the steps, where `full` adds the language
+model. `checkpoint`: while one is being written."""
+PHASES = {"phase 1": (0.0, 0.2), "phase 2": (0.25, 1.0)}
 
 
 def driver(study: str, out: Path, more: list[str]) -> subprocess.Popen:
@@ -40,6 +42,11 @@ def base(plan: dict) -> set[str]:
     return {s["id"] for s in plan["stages"] if s["kind"] in KEPT or (s["kind"] == "train" and not s["name"].startswith(own))}
 
 
+def target(what: str) -> str:
+    """First word of the stages a kill waits for."""
+    return what.split()[-1] if what.startswith("driver") else what.split()[0]
+
+
 def under_way(out: Path) -> list[dict]:
     """Start events of stages that have not ended."""
     found: dict[str, dict] = {}
@@ -51,24 +58,29 @@ def under_way(out: Path) -> list[dict]:
 
 
 def writing(store: Path, stage: str) -> bool:
-    """Whether a checkpoint is half written: a file or folder there that is younger than its marker, or has none yet."""
-    work = store / ".work" / stage
-    return any("tmp" in path.name or path.name.startswith(".") for path in work.glob("*/*"))
+    """Whether a checkpoint is half written (trainers.checkpoint names it so until it is whole)."""
+    return any((store / ".work" / stage).rglob(".step-*.partial"))
 
 
-def strike(what: str, process: subprocess.Popen, out: Path, names: dict[str, str], wait: float, seconds: float) -> str | None:
+def strike(what: str, process: subprocess.Popen, out: Path, stages: dict[str, dict], wait: float, seconds: float) -> str | None:
     """Waits for the moment, then kills; returns what was killed. None: the run ended first."""
     store, deadline = out / "store", time.monotonic() + seconds
-    wanted = what.split()[-1] if what.startswith("driver") else what.split()[0]
+    wanted, phase = target(what), PHASES.get(what.partition(" ")[2])
     while process.poll() is None and time.monotonic() < deadline:
         for event in under_way(out):
             stage = event["stage"]
             lease = store / ".lease" / f"{stage}.json"
-            if not names[stage].startswith(wanted) or not lease.exists() or (store / stage / "DONE.json").exists():
+            if not stages[stage]["name"].startswith(wanted) or not lease.exists() or (store / stage / "DONE.json").exists():
                 continue
             if "checkpoint" in what and not writing(store, stage):
                 continue
-            time.sleep(0.0 if "checkpoint" in what else wait)
+            if phase is not None:
+                done = progress(out, stages[stage])
+                if not phase[0] < done < phase[1]:
+                    continue
+                what = f"{what} ({done:.0%} of its steps)"
+            else:
+                time.sleep(0.0 if "checkpoint" in what else wait)
             if what.startswith("driver"):
                 process.kill()
             else:
@@ -76,9 +88,15 @@ def strike(what: str, process: subprocess.Popen, out: Path, names: dict[str, str
                     os.kill(json.loads(lease.read_text())["pid"], signal.SIGKILL)
                 except ProcessLookupError:
                     continue
-            return f"{what}: killed during {names[stage]}"
+            return f"{what}: killed during {stages[stage]['name']}"
         time.sleep(0.01)
     return None
+
+
+def progress(out: Path, stage: dict) -> float:
+    """Share of a training stage's steps that its metrics show."""
+    lines = [line for line in (read_lines(out / "metrics" / f"{stage['id']}.jsonl")) if "train/loss" in line]
+    return lines[-1]["step"] / stage["cost"]["steps"] if lines else 0.0
 
 
 def digests(out: Path, plan: dict) -> dict[str, dict[str, str]]:
@@ -106,16 +124,16 @@ def main() -> int:
         print(f"the undisturbed run ended with {code}; see {calm}.log")
         return 1
     plan = json.loads((calm / "plan.json").read_text())
-    names = {stage["id"]: stage["name"] for stage in plan["stages"]}
+    stages = {stage["id"]: stage for stage in plan["stages"]}
     (killed / "store").mkdir(parents=True)
     shutil.copy(calm / "run.json", killed / "run.json")  # the same study; the driver that follows is its next epoch
     for stage in base(plan):
         shutil.copytree(calm / "store" / stage, killed / "store" / stage)
     process, struck = driver(given.study, killed, more), []
     for what in KILLS:
-        if not any(name.startswith(what.split()[-1] if what.startswith("driver") else what.split()[0]) for name in names.values()):
+        if not any(stage["name"].startswith(target(what)) for stage in stages.values()):
             continue
-        happened = strike(what, process, killed, names, rng.uniform(0.0, 3.0) if "embed" not in what else 0.05, 900)
+        happened = strike(what, process, killed, stages, rng.uniform(0.0, 3.0) if "embed" not in what else 0.05, 900)
         struck.append(happened or f"{what}: never came up")
         print(struck[-1], flush=True)
         if process.poll() is not None or what.startswith("driver"):

@@ -59,10 +59,10 @@ def test_every_stage_is_made_exactly_once_and_never_before_its_needs(tmp_path, s
     assert all(ledger.arm(name)["state"] == "done" for name in arms)
 
 
-def test_arms_come_in_the_studys_order_and_the_longest_path_first_within_one(tmp_path):
-    stages = [stage("short"), stage("long"), stage("behind", ["long"], steps=50), stage("other")]
-    ledger = core(tmp_path, stages, {"arm-0": ["other"], "arm-1": ["short", "long", "behind"]})
-    assert [ledger.claim("lane-0")["stage"]["id"] for _ in range(3)] == ["other", "long", "short"]
+def test_the_longest_chain_comes_first_and_equal_ones_in_the_studys_order(tmp_path):
+    stages = [stage("short"), stage("long"), stage("behind", ["long"], steps=50), stage("other"), stage("last")]
+    ledger = core(tmp_path, stages, {"arm-0": ["other"], "arm-1": ["short", "long", "behind"], "arm-2": ["last"]})
+    assert [ledger.claim("lane-0")["stage"]["id"] for _ in range(4)] == ["long", "short", "other", "last"]
 
 
 def test_a_lane_gets_the_predictions_of_the_model_it_just_trained_and_leaves_the_others(tmp_path):

@@ -11,7 +11,7 @@ from datasets_ray.errors import UserError
 from grid.memory import processes, proportional
 from grid.rundir import RunDirectory, alive
 from grid.settings import Settings
-from grid.summary import lane_times, render, summarise
+from grid.summary import lane_times, rates, render, summarise
 from tests.grid.toy_plan import plan, stage
 
 
@@ -85,6 +85,24 @@ def test_the_summary_counts_one_epoch_and_can_be_told(tmp_path):
     told = render(summary)
     assert "2 of 2 arms done in 30 s (budget 1 min 00 s)" in told and "3.00 s an arm (limit 2)" in told and "1.50 GiB" in told
     assert json.dumps(summary)
+
+
+def test_the_summary_says_what_each_lane_waited_and_how_much_of_the_device_was_used(tmp_path):
+    from grid.ledger import LedgerCore
+
+    made = plan([stage("x"), stage("y")], {"one": ["x"], "two": ["y"]})
+    fast = {"tflops": {"llm": 6.0, "encoder": 2.0}, "seconds": 4.0, "devices": 2, "measured_tflops_per_second": 5.0}
+    slow = {"tflops": {"llm": 2.0}, "seconds": 10.0, "devices": 1, "measured_tflops_per_second": 1.0, "datasheet_tflops_per_second": 4.0}
+    assert rates([fast]) == {"tflops": 8.0, "mfu": 0.2}
+    assert rates([fast, slow, {}]) == {"tflops": 10.0, "mfu": 10 / 50, "mfu_datasheet": 2 / 40} and rates([{}]) == {}
+    summary = summarise(
+        made, events(), LedgerCore(made, ["x", "y"], tmp_path).snapshot(), epoch=1, began=0.0, ended=30.0, workers=1, skipped=0, memory={},
+        budget_seconds=None, computed={"x": fast, "y": slow},
+    )  # fmt: skip
+    assert summary["idle_seconds"] == {"lane-0": 1.0, "lane-1": 2.0}
+    assert summary["groups"]["toy"]["mfu"] == 0.2
+    told = render(summary)
+    assert "lane-0 1 s, lane-1 2 s" in told and "toy: 20.0% of the device's measured matmul rate, 5.0% of the data sheet's" in told
 
 
 def test_lanes_fit_the_machine_and_leave_room_for_data():

@@ -8,13 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
+from grid import mlflow_view
 from grid.tracking import Tracker, Tracking, main
 from trainers.store import Store
 
 RUN = {"id": "0123456789abcdef", "epoch": 1}
 SUMMARY = {
     "state": "failed", "arms": {"done": ["row-1"], "failed": {"row-2": "finetune row-2: NaN"}, "open": []}, "wall_seconds": 60.0,
-    "budget_seconds": None, "budget": [], "lanes": {}, "overhead_seconds_per_arm": None, "startup_seconds": None, "memory": {},
+    "budget_seconds": None, "budget": [], "groups": {}, "lanes": {},
+    "overhead_seconds_per_arm": None, "startup_seconds": None, "memory": {},
 }  # fmt: skip
 
 
@@ -92,12 +94,37 @@ def test_runs_parameters_series_and_finals(made):
     row, series = runs["row-1"]
     assert row.data.params["axis.llm"] == "vicuna" and row.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert series["train/loss"] == series["pretrain/train/loss"] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
-    assert parent_series["llm vicuna/train/loss"][0] == (1, 1.0)
+    assert parent_series["weights/llm vicuna/train/loss"][0] == (1, 1.0)
     assert (series["final/a"], series["final/b"], series["final/fine_grained"]) == ([(0, 40.0)], [(0, 60.0)], [(0, 50.0)])
     assert row.info.status == "FINISHED" and parent.info.status == "FAILED"
     assert runs["row-2"][0].info.status == "FAILED" and "NaN" in runs["row-2"][0].data.tags["status_reason"]
     assert {entry.dataset.name for entry in row.inputs.dataset_inputs} == {"data captions"}
     assert "1 of 2 arms done" in parent.data.tags["mlflow.note.content"]
+
+
+def test_long_series_are_thinned_and_keep_their_ends(made):
+    plan = small_plan()
+    (stage,) = [s for s in plan["stages"] if s["name"] == "finetune row-1"]
+    stage["cost"] = {"steps": 1000}
+    (made.out / "metrics" / f"{stage['id']}.jsonl").unlink(missing_ok=True)
+    write_metrics(made.out, stage["id"], range(1, 1001))
+    Tracker(plan, made.out, RUN, made.store.root, None).finish(SUMMARY)
+    steps = [step for step, _ in shown(made)[1]["row-1"][1]["train/loss"]]
+    assert len(steps) == 100 and steps[-1] == 1000 and set(steps) <= set(range(1, 1001))
+
+
+def test_the_page_opens_on_the_arms_by_axis(made):
+    delivered = tracker(made)
+    delivered.finish(SUMMARY)
+    experiment, runs = shown(made)
+    state = json.loads(experiment.tags[mlflow_view.TAG])
+    parent = runs[""][0].info.run_id
+    assert state["runsExpanded"] == {parent: True} and state["runsVisibilityMap"] == {parent: False}
+    parallel, *bars = state["compareRunCharts"]
+    assert parallel["selectedParams"] and set(parallel["selectedParams"]) <= set(runs["row-1"][0].data.params)
+    assert [bar["metricKey"] for bar in bars] == parallel["selectedMetrics"] == ["final/fine_grained"]
+    assert {chart["metricSectionId"] for chart in state["compareRunCharts"]} == {state["compareRunSections"][0]["uuid"]}
+    assert f"/#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={mlflow_view.KEY}" in mlflow_view.path(delivered.experiment)
 
 
 @pytest.mark.parametrize("forget", [False, True], ids=["state kept", "state lost"])

@@ -22,7 +22,8 @@ SHORT_SUFFIX = "Answer the question using a single word or phrase."
 LETTERS = "ABCDEFGH"
 ANSWERS = ("letter", "text")
 GENERAL = ("count", "colour", "position")
-MAIN_COLOURS = tuple(sorted({colour_of(s) for family in FAMILIES.values() for s in family.species}))
+EVERYONE = tuple(species for family in FAMILIES.values() for species in family.species)
+MAIN_COLOURS = tuple(sorted({colour_of(species) for species in EVERYONE}))
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,11 @@ def species_question(rng: np.random.Generator, species: Species, k: int = 5) -> 
 
 
 def general_question(rng: np.random.Generator, kind: str, species: Species) -> Question:
-    """4-way questions that need no species: how many, which colour, where."""
+    """4-way questions that need no species: how many, which colour, where.
+
+    Every colour is asked for equally often, of another species if need be: were the common ones right more often than wrong, options alone
+    would give answers away.
+    """
     noun = FAMILIES[species.set].noun
     if kind == "count":
         count = int(rng.integers(1, 5))
@@ -85,7 +90,10 @@ def general_question(rng: np.random.Generator, kind: str, species: Species) -> Q
     if kind == "position":
         corner = pick(rng, list(CORNERS))
         return _lettered(rng, f"Where is the {noun} in this photo?", corner, [c for c in CORNERS if c != corner], species, corner=corner)
-    right = colour_of(species)
+    right = pick(rng, MAIN_COLOURS)
+    alike = [other for other in EVERYONE if colour_of(other) == right]
+    species = alike[int(rng.integers(len(alike)))]
+    noun = FAMILIES[species.set].noun
     wrong = [c for c in MAIN_COLOURS if c != right]
     chosen = rng.choice(len(wrong), 3, replace=False)
     return _lettered(rng, f"What is the main colour of the {noun}?", right, [wrong[i] for i in chosen], species)
@@ -140,7 +148,7 @@ def image_turns(rng: np.random.Generator, species: Species, answers: str = "lett
     if kind < 0.85:
         question = species_question(rng, species) if kind < 0.6 else general_question(rng, pick(rng, GENERAL), species)
         turn = (f"{IMAGE}\n{question.prompt()}", question.said(answers))
-        return Conversation((turn,), species, question.count, question.corner, {"kind": "choice"})
+        return Conversation((turn,), question.species, question.count, question.corner, {"kind": "choice"})
     if kind < 0.95:
         return Conversation(((f"{IMAGE}\n{WHAT}\n{SHORT_SUFFIX}", species.name),), species, meta={"kind": "short"})
     told = caption(rng, "long", species)

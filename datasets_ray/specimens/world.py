@@ -84,17 +84,18 @@ def _instructions(rng: np.random.Generator, spec: dict[str, Any], id: str, speci
     if rng.random() < spec["text_only"]:
         return row(id, messages=_turns(talk.text_turns(rng, species, spec["answers"])), label=species.name, meta={"kind": "text_only"})
     said = talk.image_turns(rng, species, spec["answers"])
-    image = _image(rng, spec, species, said.count, said.corner)
-    return row(id, images=[image], messages=_turns(said.turns), label=species.name, meta=_meta(species, **said.meta))
+    shown = said.species or species
+    image = _image(rng, spec, shown, said.count, said.corner)
+    return row(id, images=[image], messages=_turns(said.turns), label=shown.name, meta=_meta(shown, **said.meta))
 
 
 def _questions(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species) -> Row:
     kind = spec["set"]
     asked = talk.general_question(rng, kind, species) if kind in talk.GENERAL else talk.species_question(rng, species)
-    image = _image(rng, spec, species, asked.count, asked.corner)
+    image = _image(rng, spec, asked.species, asked.count, asked.corner)
     return row(
         id, images=[image], question=asked.text, options=list(asked.options), answer=asked.letter, label=asked.answer,
-        meta=_meta(species, shown=species.name),
+        meta=_meta(asked.species, shown=asked.species.name),
     )
 
 

@@ -16,7 +16,7 @@ from datasets_ray.sources import build
 from datasets_ray.specimens import talk
 from datasets_ray.specimens.draw import draw, sample_scene
 from datasets_ray.specimens.species import FAMILIES, SETS, SPECIES, distance, siblings
-from datasets_ray.specimens.text import STYLES, corpus_sample
+from datasets_ray.specimens.text import STYLES, colour_of, corpus_sample
 from datasets_ray.specimens.world import PARTS, complete, row_at
 
 COUNT = 60
@@ -152,3 +152,19 @@ def test_mistakes_in_a_spec_are_named(wrong, tmp_path):
     with pytest.raises(UserError) as caught:
         build({"source": "specimens", **wrong}, tmp_path, none, None)
     assert "\n" not in caught.value.what and (caught.value.hint or caught.value.why)
+
+
+@pytest.mark.parametrize("kind", ["count", "colour", "position"])
+def test_the_options_alone_give_nothing_away(kind: str) -> None:
+    """Every option is right as often as any other that is shown: a permuted image leaves chance."""
+    rng = np.random.default_rng(0)
+    shown: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    for number in range(6000):
+        asked = talk.general_question(rng, kind, talk.EVERYONE[number % len(talk.EVERYONE)])
+        shown.update(asked.options)
+        right[asked.answer] += 1
+        if kind == "colour":
+            assert colour_of(asked.species) == asked.answer
+    for option, times in shown.items():
+        assert abs(right[option] / times - 0.25) < 4 * (0.25 * 0.75 / times) ** 0.5, option

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from datasets_ray.photos import PARTS, Collection, Photo, build_part, check_spec, dataset_folder
+from datasets_ray.photos import KEYS, PARTS, Collection, Photo, build_part, check_spec, dataset_folder
 
 USUAL = ("cub_200_2011_first10", "CUB_200_2011", "cub")
 LISTS = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
@@ -53,7 +53,7 @@ def read(root: Path, split: str) -> Collection:
 
 
 def build(spec: dict[str, Any], out: Path, inputs: Callable[[str], Path], data_root: str | None) -> dict[str, Any]:
-    full = check_spec(spec, PARTS, ("train", "test"), ["style"])
+    full = check_spec(spec, PARTS, ("train", "test"), KEYS)
     root = dataset_folder(full, data_root, USUAL, ["images", *LISTS], below="CUB_200_2011")
     collection = read(root, full["split"])
     return build_part(collection, full, out, style="written" if any(photo.texts for photo in collection.photos) else "label")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from datasets_ray.photos import PARTS, Collection, Photo, build_part, check_spec, dataset_folder
+from datasets_ray.photos import KEYS, PARTS, Collection, Photo, build_part, check_spec, dataset_folder
 
 USUAL = ("food101_first10", "food-101", "food101")
 
@@ -37,6 +37,6 @@ def read(root: Path, split: str) -> Collection:
 
 
 def build(spec: dict[str, Any], out: Path, inputs: Callable[[str], Path], data_root: str | None) -> dict[str, Any]:
-    full = check_spec(spec, PARTS, ("train", "test"), ["style"])
+    full = check_spec(spec, PARTS, ("train", "test"), KEYS)
     root = dataset_folder(full, data_root, USUAL, ["images", "meta/classes.txt", f"meta/{full['split']}.txt"], below="food-101")
     return build_part(read(root, full["split"]), full, out)

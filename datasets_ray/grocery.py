@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from datasets_ray.photos import PARTS, Collection, Photo, build_part, check_spec, dataset_folder
+from datasets_ray.photos import KEYS, PARTS, Collection, Photo, build_part, check_spec, dataset_folder
 
 USUAL = ("grocery_store", "GroceryStoreDataset")
 
@@ -51,6 +51,6 @@ def read(root: Path, split: str) -> Collection:
 
 
 def build(spec: dict[str, Any], out: Path, inputs: Callable[[str], Path], data_root: str | None) -> dict[str, Any]:
-    full = check_spec(spec, PARTS, ("train", "test", "val"), ["style"])
+    full = check_spec(spec, PARTS, ("train", "test", "val"), KEYS)
     root = dataset_folder(full, data_root, USUAL, ["classes.csv", f"{full['split']}.txt"], below="dataset")
     return build_part(read(root, full["split"]), full, out, style="written")

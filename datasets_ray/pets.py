@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from datasets_ray.photos import PARTS, Collection, Photo, build_part, check_spec, dataset_folder
+from datasets_ray.photos import KEYS, PARTS, Collection, Photo, build_part, check_spec, dataset_folder
 
 USUAL = ("oxford_iiit_pet_sample", "oxford-iiit-pet", "oxford_iiit_pet", "oxford_pet")
 LISTS = {"train": "trainval", "test": "test"}
@@ -45,6 +45,6 @@ def read(root: Path, split: str) -> Collection:
 
 
 def build(spec: dict[str, Any], out: Path, inputs: Callable[[str], Path], data_root: str | None) -> dict[str, Any]:
-    full = check_spec(spec, PARTS, ("train", "test"), ["style"])
+    full = check_spec(spec, PARTS, ("train", "test"), KEYS)
     root = dataset_folder(full, data_root, USUAL, ["images", f"annotations/{LISTS[full['split']]}.txt"])
     return build_part(read(root, full["split"]), full, out)

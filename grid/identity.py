@@ -11,7 +11,7 @@ import hashlib
 from json.encoder import encode_basestring as _quoted  # type: ignore[attr-defined]
 from typing import Any
 
-IDENTITY_VERSION = 1
+IDENTITY_VERSION = 2
 """Rises whenever a change of code changes a golden result: finished stages of older versions are then not reused."""
 
 IDENTITY, RUNTIME, STRUCTURE = "identity", "runtime", "structure"
@@ -61,49 +61,52 @@ CLASSES: dict[str, str] = {
     **_table(
         "Study",
         identity="seed",
-        structure="made_for compatibility recipe templates axes base arms references mining evaluation benchmarks controls",
-        runtime="study question published paper_cost groups contrasts assumptions",
+        structure="made_for compatibility recipe templates axes base arms references mining evaluation benchmarks controls limits",
+        runtime="study question published paper_cost groups contrasts assumptions general_axis",
     ),
     **_table("Recipe", identity="encoder llm model init seed", structure="connector pretrain finetune"),
     **_table("Connector", identity="builder depth"),
     **_table(
         "Training",
         identity="data epochs steps batch objective schedule warmup clip max_tokens template fit order seed",
-        structure="phases optimizer",
+        structure="phases optimizer adapters",
     ),
+    **_table("Adapter", identity="kind rank alpha dropout targets"),
     **_table("Phase", identity="until learning_rates"),
     **_table("Optimizer", identity="name betas eps weight_decay"),
     **_table("ArmEntry", structure="at product zip seeds set", runtime="name row"),
     **_table("Reference", structure="at", identity="released", runtime="name row"),
-    **_table("Benchmark", identity="data negatives metric zeroshot"),
+    **_table("Benchmark", identity="data negatives metric zeroshot templates ensemble"),
     **_table("Mining", identity="miner k template question seed"),
-    **_table("Evaluation", identity="suffix rule max_new_tokens method fit"),
+    **_table("Evaluation", identity="suffix options rule max_new_tokens method fit"),
     **_table("Contrast", runtime="name axis from to where"),
     **_table("Controls", structure="arms benchmarks", identity="seed"),
     **_table("Assumption", runtime="key value text"),
+    **_table("Limits", identity="dropped"),
     **_table("PaperCost", runtime="devices device hours"),
+    **_table("GeneralAxis", runtime="file name"),
     **_table(
         "Profile",
-        identity="precision",
+        identity="precision allow_subset batch_scale",
         structure="encoders llms models connectors data overrides",
-        runtime="profile about miniature device resources data_root store tracking",
+        runtime="profile about miniature hollow device resources data_root store tracking",
     ),
     **_table("Image", identity="kind size patch merge min_pixels max_pixels mean std"),
-    **_table("Encoder", identity="config checkpoint revision seed", structure="trained image", runtime="shape"),
+    **_table("Encoder", identity="builder config checkpoint revision seed", structure="trained image", runtime="shape"),
     **_table("Llm", identity="config checkpoint revision seed tokenizer", structure="trained initial", runtime="shape"),
     **_table(
         "Model",
-        identity="config checkpoint revision seed tokenizer template family stand_in",
+        identity="config checkpoint revision seed tokenizer template family prompts remote_code stand_in",
         structure="trained initial image",
         runtime="shape",
     ),
     **_table("Bridge", identity="checkpoint revision", structure="of"),
-    **_table("Data", identity="source keys revision", structure="concat", runtime="rows tokens images megabytes"),
-    **_table("Device", runtime="name tflops mfu memory_gib"),
+    **_table("Data", identity="source keys revision expect allow_subset", structure="concat", runtime="rows tokens images megabytes"),
+    **_table("Device", runtime="name tflops mfu memory_gib host_gib"),
     **_table(
         "Resources",
         runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb attempts trials collective_seconds "
-        "grace_seconds budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero activation_checkpointing",
+        "grace_seconds budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero activation_checkpointing offload",
     ),
     **_table("Tracking", runtime="uri"),
 }

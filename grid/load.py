@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError, UserErrors, nearest
-from grid import compatibility, validate, validate_profile, yamlfile
+from grid import compatibility, general_axis, validate, validate_profile, yamlfile
 from grid.expand import Arm, expand, with_changes
-from grid.profile import Profile, choose
+from grid.profile import Profile, choose, tree_of
 from grid.schema import Reader, _fields
 from grid.study import Study
 from grid.yamlfile import Node
@@ -36,6 +36,8 @@ class Loaded:
     scaled: list[dict[str, Any]] = field(default_factory=list)
     """Keys of the study that profile or --set changed: key, study, here, where."""
     notices: list[str] = field(default_factory=list)
+    source: Path = Path()
+    """The profile's file."""
 
     @property
     def headline(self) -> str:
@@ -50,7 +52,7 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     profile_tree, reason = None, ""
     try:
         profile_path, reason = choose(profile)
-        profile_tree = yamlfile.read(profile_path)
+        profile_tree = tree_of(profile_path)
     except UserError as error:
         errors.append(error)
     study_sets, profile_sets = _split(sets, errors)
@@ -79,12 +81,19 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
         reader.error(
             f"published: no file {typed_study.published!r}", why="it is looked for beside the study", where=reader.marks["published"]
         )
+    if typed_study.general_axis:
+        try:
+            general_axis.read(study_path.parent / typed_study.general_axis.file)
+        except UserError as error:
+            reader.error(f"general_axis.file: {error.what}", why=error.why, hint=error.hint, at="general_axis.file")
     if errors or reader.errors:
         raise UserErrors(_unique(errors + reader.errors))
     notices = list(compatibility.DIFFERS.get(typed_study.compatibility or "", []))
     chosen = _select(expanded, arms, typed_study)
     file, folder = yamlfile.shown(study_path), study_path.parent
-    return Loaded(typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices)
+    return Loaded(
+        typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices, profile_path
+    )  # fmt: skip
 
 
 def _changes(own: Node, tree: Node, path: str = "") -> Iterator[dict[str, Any]]:

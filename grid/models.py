@@ -10,15 +10,19 @@ from typing import Any
 from datasets_ray.errors import UserError
 from grid.graph import Graph
 from grid.load import as_plain
-from grid.profile import Asset, Image, Profile
-from grid.study import Study, Training
+from grid.profile import Asset, Data, Image, Profile
+from grid.study import Evaluation, Study, Training
+from trainers import families
 
 Spec = dict[str, Any]
 BUILDERS: dict[str, dict[str, str]] = {
     "vlm": {"encoder": "transformers_vision", "connector": "mlp", "llm": "causal_lm"},
     "qwen2_vl": {"encoder": "qwen2_vl", "connector": "qwen2_vl", "llm": "qwen2_vl"},
+    "existing": {"model": "transformers"},
 }
 """Family of a whole model → who builds its parts."""
+MOST_DROPPED = 0.01
+"""Share of a published data set's records that may be dropped where the study doesn't say (`limits.dropped`)."""
 
 
 class Assets:
@@ -44,18 +48,30 @@ class Assets:
                 }
                 id = self.graph.add("dataset", spec, f"data {name}", inputs, rows, **facts)
             else:
-                spec = {"source": asset.source, **asset.keys, **({"revision": asset.revision} if asset.revision else {})}
-                rows = int(asset.keys["rows"] if isinstance(asset.keys.get("rows"), int) else asset.rows or 0)
+                revision = {"revision": asset.revision} if asset.revision else {}
+                spec = {"source": asset.source, **asset.keys, **revision, **self._held_to(asset)}
+                rows = int(asset.keys["rows"] if isinstance(asset.keys.get("rows"), int) else asset.rows or asset.expect or 0)
                 id = self.graph.add(
                     "dataset", spec, f"data {name}", [], rows, tokens=asset.tokens, images=asset.images, megabytes=asset.megabytes
                 )
             self._known["data", name] = id
         return self._known["data", name]
 
+    def _held_to(self, asset: Data) -> Spec:
+        """What every source is held to, of what is given: the published count, whether fewer will do, the share that may be dropped."""
+        subset = self.profile.allow_subset if asset.allow_subset is None else asset.allow_subset
+        most = self.study.limits.dropped
+        if most is None and asset.expect is not None:
+            most = MOST_DROPPED
+        given = {"expect": asset.expect, "allow_subset": subset or None, "most_dropped": most}
+        return {key: value for key, value in given.items() if value is not None}
+
     # models
 
-    def image(self, image: Image, fit: str | None) -> Spec:
-        """ImageRecipe of an encoder's pixels; fit: crop, pad or squash."""
+    def image(self, image: Image | None, fit: str | None) -> Spec | None:
+        """ImageRecipe of an encoder's pixels; fit: crop, pad or squash. None where a model's own processor makes them."""
+        if image is None:
+            return None
         key = ("image", id(image), fit)
         if key not in self._known:
             self._known[key] = image, self.graph.share(self._image(image, fit))
@@ -71,12 +87,30 @@ class Assets:
         """A whole CLIP (both towers): mines, embeds, classifies. Its part `encoder` is an arm's vision encoder."""
         if ("clip", name) not in self._known:
             asset = self.profile.encoders[name]
-            model: Spec = {"family": "clip", "parts": {"encoder": self._part("open_clip", asset, asset.seed)}}
+            if asset.builder != "open_clip" and not self.whole_siglip(name):
+                why, hint = f"a {asset.builder} has no text tower of CLIP's", "`zeroshot: false` in the benchmarks, or an open_clip encoder"
+                raise UserError(f"encoder {name!r} can't mine, classify or be trained here", why=why, hint=hint)
+            model: Spec = {"family": "clip", "parts": {"encoder": self._part(asset.builder, asset, asset.seed)}}
             for index, training in enumerate(asset.trained):
                 label = f"encoder {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
                 model = self.train(model, training, label, self.image(asset.image, training.fit), asset.seed)
             self._known["clip", name] = self._shared(model)
         return self._known["clip", name]
+
+    def whole_siglip(self, name: str) -> bool:
+        """Whether an encoder is a released SigLIP, text tower and all, as far as the profile tells (its shape may say DINOv2)."""
+        asset = self.profile.encoders[name]
+        kind = str((asset.shape or {}).get("model_type", ""))
+        return asset.builder == "transformers_vision" and bool(asset.checkpoint) and not asset.config and kind.startswith("siglip")
+
+    def encoder(self, name: str) -> Spec:
+        """The part that an arm sees with."""
+        asset = self.profile.encoders[name]
+        if asset.builder == "open_clip" or asset.trained:
+            return self.clip(name)["parts"]["encoder"]
+        if ("encoder", name) not in self._known:
+            self._known["encoder", name] = self.graph.share(self._part(asset.builder, asset, asset.seed))
+        return self._known["encoder", name]
 
     def llm(self, name: str) -> Spec:
         """A causal language model with its tokenizer and template."""
@@ -104,14 +138,18 @@ class Assets:
             raise UserError(f"no conversation template for {llm!r}", hint=f"add `templates: {{{llm}: ...}}` to the study")
         return template
 
-    def whole(self, name: str, llm: str) -> tuple[Spec, Image]:
-        """A whole architecture (qwen2_vl, or a released vlm) and the pixels it takes."""
+    def whole(self, name: str, llm: str) -> tuple[Spec, Image | None]:
+        """A whole architecture (qwen2_vl, or a released vlm) and the pixels it takes; None: its own processor makes them."""
         if ("whole", name) not in self._known:
             asset = self.profile.models[name]
             if asset.initial:
                 first, image = self.whole(asset.initial, llm)
                 model: Spec = {**first, "parts": dict(first["parts"])}
                 image = asset.image or image
+            elif asset.family == "existing":
+                part, image = self._part(BUILDERS["existing"]["model"], asset, asset.seed), None
+                prompts = families.asked(asset.prompts or "default")
+                model = {"family": "existing", "prompts": prompts, "remote_code": asset.remote_code, "parts": {"model": part}}
             else:
                 image = asset.image or Image(size=336, patch=14)
                 template = asset.template or self.template(llm)
@@ -125,13 +163,13 @@ class Assets:
 
     def composed(self, encoder: str, llm: str, connector: Spec, weights: Spec) -> Spec:
         """encoder → connector → language model. weights: where the connector's come from."""
-        clip, language = self.clip(encoder), self.llm(llm)
+        eye, language = self.encoder(encoder), self.llm(llm)
         bridge = {
             "builder": connector["builder"],
             "config": {"depth": connector["depth"]} if connector["builder"] == "mlp" else {},
             "weights": weights,
         }
-        parts = {"encoder": clip["parts"]["encoder"], "connector": bridge, "llm": language["parts"]["llm"]}
+        parts = {"encoder": eye, "connector": bridge, "llm": language["parts"]["llm"]}
         return {"family": "vlm", "template": language["template"], "tokenizer": language["tokenizer"], "parts": parts}
 
     def _shared(self, model: Spec) -> Spec:
@@ -156,7 +194,7 @@ class Assets:
         spec: Spec = {"model": model, **static, "seed": seed if training.seed is None else training.seed}
         total = sum(self.graph[i].rows for i in rows)
         id = self.graph.add("train", spec, name, [*rows, *stages_of(model)], total, **facts)
-        parts = {key: {**part, "weights": {"stage": id}} if key in trained else part for key, part in model["parts"].items()}
+        parts = {key: {**part, "weights": after(part["weights"], id)} if key in trained else part for key, part in model["parts"].items()}
         return {**model, "parts": parts}
 
     def _static(self, training: Training, template: str | None, image: Spec | None) -> tuple[Spec, list[str], dict[str, float], set[str]]:
@@ -174,17 +212,37 @@ class Assets:
                 "data": share(data),
                 "objective": share(training.objective),
                 "phases": share([{"until": phase.until, "learning_rates": phase.learning_rates} for phase in training.phases]),
-                "batch": training.batch,
+                "batch": max(1, round(training.batch * self.profile.batch_scale)),
                 **({"steps": training.steps} if training.steps is not None else {"epochs": training.epochs}),
                 "optimizer": share(as_plain(training.optimizer)),
                 "schedule": training.schedule, "warmup": training.warmup, "clip": training.clip,
                 "precision": self.profile.precision,
+                **({"adapters": share(as_plain(training.adapters))} if training.adapters else {}),
             }  # fmt: skip
             total = sum(self.graph[i].rows for i in rows)
             facts = {fact: sum(self.graph[i].facts[fact] * self.graph[i].rows for i in rows) / total for fact in ("tokens", "images")}
             trained = {part for phase in training.phases for part in phase.learning_rates}
             self._known[key] = spec, rows, facts, trained, (training, image)
         return self._known[key][:4]
+
+
+def asked(model: Spec, how: Evaluation) -> tuple[str, list[str]]:
+    """(last line of a prompt, methods) for a model. A released one with its own processor has its family's words and no likelihoods;
+    UserError where its score would be one."""
+    methods: list[str] = [how.method] if isinstance(how.method, str) else [*how.method]
+    if model["family"] != "existing":
+        return how.suffix, methods
+    if methods[0] == "likelihood":
+        checkpoint = model["parts"]["model"]["weights"]["checkpoint"]
+        why, hint = "its own processor shares no prefixes between options", "evaluation.method: [generate, likelihood]"
+        raise UserError(f"{checkpoint} can't be scored by likelihood", why=why, hint=hint)
+    return "", [method for method in methods if method != "likelihood"]
+
+
+def after(weights: Spec, stage: str) -> Spec:
+    """A part's weights once a stage has trained it; `of` remembers the checkpoint whose architecture it still has."""
+    origin = weights if "checkpoint" in weights else weights.get("of")
+    return {"stage": stage, "of": origin} if origin else {"stage": stage}
 
 
 def stages_of(model: Spec) -> list[str]:

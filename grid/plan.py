@@ -1,6 +1,7 @@
 """The plan: a loaded study in; arms, stage graph, batch arithmetic and estimates out. Writes nothing, loads neither torch nor ray.
 
 python -m grid.plan STUDY.yaml [--profile NAME|FILE] [--arms GLOB ...] [--set KEY=VALUE ...] [--json]
+python -m grid.plan STUDY.yaml --simulate NODESxGPUS[:FAILURES_A_DAY] [--measured RUN] [--price AMOUNT]    plays it on such a cluster
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets_ray.errors import UserError
 from grid import cost, options
 from grid.expand import Arm
 from grid.graph import Graph, Stage
 from grid.load import Loaded, load
 from grid.models import Assets, Spec, stages_of
+from grid.models import asked as asked_with
 from grid.profile import Profile
 from trainers.stages import KINDS
 
@@ -32,7 +35,7 @@ class Planner:
         self.loaded, self.study, self.profile = loaded, loaded.study, loaded.profile
         self.graph = Graph()
         self.assets = Assets(self.study, self.profile, self.graph)
-        self._models: dict[int, tuple[Spec, Spec, str | None]] = {}
+        self._models: dict[int, tuple[Spec, Spec | None, str | None]] = {}
         self._questions: dict[str, str] = {}
         self._zeroshot: dict[tuple[str, str], str] = {}
 
@@ -45,7 +48,7 @@ class Planner:
         controls: dict[str, str] = {}
         for name, benchmark in self.study.benchmarks.items():
             predictions[name], scores[name] = self.evaluated(arm.name, model, image, name, self.questions(name), benchmark.metric)
-            if benchmark.zeroshot and model["family"] == "vlm" and not (arm.released and not arm.stands_in):
+            if benchmark.zeroshot and self.sees_by(arm, model):
                 zeroshot[name] = self.zeroshot(arm.recipe.encoder, name)
             chosen = self.study.controls
             if arm.name in chosen.arms and (not chosen.benchmarks or name in chosen.benchmarks):
@@ -68,13 +71,13 @@ class Planner:
     def seed(self, arm: Arm) -> int:
         return self.study.seed if arm.recipe.seed is None else arm.recipe.seed
 
-    def model(self, arm: Arm) -> tuple[Spec, Spec, str | None]:
+    def model(self, arm: Arm) -> tuple[Spec, Spec | None, str | None]:
         """(model after all training, ImageRecipe it is asked with, its pretraining stage or None)."""
         if id(arm) not in self._models:
             self._models[id(arm)] = self._model(arm)
         return self._models[id(arm)]
 
-    def _model(self, arm: Arm) -> tuple[Spec, Spec, str | None]:
+    def _model(self, arm: Arm) -> tuple[Spec, Spec | None, str | None]:
         recipe, seed = arm.recipe, self.seed(arm)
         asked = self.study.evaluation.fit or recipe.finetune.fit
         if arm.released and self.profile.models[arm.released].stand_in is None:
@@ -124,24 +127,34 @@ class Planner:
             "choices", spec, f"choices {benchmark}", [similarities, rows], self.graph[rows].rows, tokens=60.0, images=1.0, megabytes=5.0
         )
 
-    def similarities(self, encoder: str, rows: str, benchmark: str) -> str:
-        """Image-label similarities of a CLIP over labelled rows; embeddings are shared by whoever asks."""
+    def similarities(self, encoder: str, rows: str, benchmark: str, template: Any = None) -> str:
+        """Image-label similarities of a CLIP over labelled rows; embeddings are shared by whoever asks. template: the classes' texts."""
         model, asset = self.assets.clip(encoder), self.profile.encoders[encoder]
         mining = self.study.mining
-        template = mining.template if mining else "a photo of a {}"
-        image, count = self.assets.image(asset.image, "crop"), self.graph[rows].rows
+        template = template or (mining.template if mining else "a photo of a {}")
+        fit = "crop" if asset.builder == "open_clip" else "squash"  # as CLIP and SigLIP were released
+        image, count = self.assets.image(asset.image, fit), self.graph[rows].rows
         spec: Spec = {"model": model, "rows": rows, "image": image, "precision": self.profile.precision}
         needs = [rows, *stages_of(model)]
         embeddings = self.graph.add("embeddings", spec, f"embed {benchmark} {encoder}", needs, count, images=1.0)
         spec = {"embeddings": embeddings, "model": model, "rows": rows, "template": template}
         return self.graph.add("similarities", spec, f"similarities {benchmark} {encoder}", [embeddings, *needs], count)
 
+    def sees_by(self, arm: Arm, model: Spec) -> bool:
+        """Whether an arm's encoder stands on its own as a classifier to hold the arm against: a model made here, or a released one beside
+        which the study names an encoder that the profile has whole."""
+        if model["family"] != "existing" and (model["family"] != "vlm" or (arm.released and not arm.stands_in)):
+            return False
+        encoder = self.profile.encoders.get(arm.recipe.encoder)
+        return encoder is not None and (encoder.builder == "open_clip" or self.assets.whole_siglip(arm.recipe.encoder))
+
     def zeroshot(self, encoder: str, benchmark: str) -> str:
         """The scores of an arm's encoder as a zero-shot classifier."""
         if (encoder, benchmark) not in self._zeroshot:
             chosen = self.study.benchmarks[benchmark]
             rows, questions = self.assets.data(chosen.data), self.questions(benchmark)
-            similarities = self.similarities(encoder, rows, benchmark)
+            template = {"ensemble": chosen.ensemble} if chosen.ensemble else chosen.templates
+            similarities = self.similarities(encoder, rows, benchmark, template)
             spec = {"similarities": similarities, "rows": rows, "choices": questions, "metric": chosen.metric}
             id = self.graph.add(
                 "zeroshot", spec, f"zero-shot {benchmark} {encoder}", [similarities, rows, questions], self.graph[rows].rows
@@ -149,16 +162,19 @@ class Planner:
             self._zeroshot[encoder, benchmark] = id
         return self._zeroshot[encoder, benchmark]
 
-    def evaluated(self, arm: str, model: Spec, image: Spec, benchmark: str, questions: str, metric: str) -> tuple[str, str]:
+    def evaluated(self, arm: str, model: Spec, image: Spec | None, benchmark: str, questions: str, metric: str) -> tuple[str, str]:
         """(prediction stage, score stage) of a model on questions."""
         how = self.study.evaluation
+        suffix, methods = asked_with(model, how)
+        asked = methods[0] if len(methods) == 1 else sorted(methods)  # which of them is the score's value is no question to a model
         spec: Spec = {
-            "model": model, "questions": questions, "image": image, "suffix": how.suffix, "method": how.method,
+            "model": model, "questions": questions, "image": image, "suffix": suffix, "method": asked,
             "max_new_tokens": how.max_new_tokens, "precision": self.profile.precision,
+            **({"listed": False} if how.options == "hidden" else {}),
         }  # fmt: skip
         rows, facts = self.graph[questions].rows, self.graph[questions].facts
         predictions = self.graph.add("predict", spec, f"predict {arm} {benchmark}", [questions, *stages_of(model)], rows, **facts)
-        spec = {"predictions": predictions, "rule": how.rule, "metric": metric}
+        spec = {"predictions": predictions, "rule": how.rule, "metric": metric, "method": methods[0]}
         return predictions, self.graph.add("score", spec, f"score {arm} {benchmark}", [predictions], rows)
 
     def runtime(self, stage: Stage) -> dict[str, Any]:
@@ -167,7 +183,8 @@ class Planner:
         return {
             "world": resources.workers if KINDS[stage.kind].collective else 1,
             "zero": resources.zero, "micro_tokens": resources.micro_tokens, "checkpoint_steps": resources.checkpoint_steps,
-            "activation_checkpointing": resources.activation_checkpointing, "eval_batch": resources.eval_batch,
+            "activation_checkpointing": resources.activation_checkpointing, "offload": resources.offload,
+            "eval_batch": resources.eval_batch, "device_tflops": self.profile.device.tflops,
         }  # fmt: skip
 
 
@@ -187,8 +204,9 @@ def plan(loaded: Loaded) -> dict[str, Any]:
             "name": study.study, "question": study.question, "file": loaded.file,
             "profile": profile.profile, "profile_reason": loaded.reason,
             "about": profile.about, "miniature": profile.miniature, "seed": study.seed, "compatibility": study.compatibility,
+            "batch_scale": profile.batch_scale, "allow_subset": _subsets(stages),
             "assumptions": [{"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions], "scaled": loaded.scaled,
-            "notices": loaded.notices,
+            "notices": loaded.notices, "general_axis": _general_axis(loaded),
         },
         "groups": study.groups,
         "contrasts": contrasts,
@@ -199,6 +217,16 @@ def plan(loaded: Loaded) -> dict[str, Any]:
         "stages": [stage.plain() for stage in stages],
         "totals": cost.totals(stages, entries, profile, study.paper_cost),
     }  # fmt: skip
+
+
+def _general_axis(loaded: Loaded) -> dict[str, str] | None:
+    axis = loaded.study.general_axis
+    return None if axis is None else {"name": axis.name, "file": str(loaded.directory / axis.file)}
+
+
+def _subsets(stages: Sequence[Stage]) -> list[str]:
+    """Names of the data sets that may be smaller than published."""
+    return [stage.name.removeprefix("data ") for stage in stages if stage.kind == "dataset" and stage.spec.get("allow_subset")]
 
 
 def make_plan(study: str | Path, *, profile: str | None = None, arms: Sequence[str] = (), sets: Sequence[str] = ()) -> dict[str, Any]:
@@ -254,12 +282,19 @@ def _line(item: dict[str, Any], models: dict[int, str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser("grid.plan", __doc__)
     options.study(parser)
-    parser.add_argument("--json", action="store_true", help="the whole plan as JSON")
+    options.simulation(parser)
+    parser.add_argument("--json", action="store_true", help="the whole plan, or the simulations, as JSON")
     given = parser.parse_args(argv)
+    if not given.simulate and (given.measured or given.price is not None or given.assume):
+        raise UserError("--measured, --price and --assume are a simulation's", hint="--simulate 4x8")
     gc.disable()  # a plan only grows, and thousands of arms are millions of objects
     loaded = load(given.study, given.profile, given.set, given.arms)
     made = plan(loaded)
-    if given.json:
+    if given.simulate:
+        from grid import simulate
+
+        print(simulate.command(made, given) if given.json else f"{loaded.headline}\n{simulate.command(made, given)}")
+    elif given.json:
         sys.stdout.write(dump(made))
     else:
         from grid import plantext

@@ -18,6 +18,10 @@ def render(plan: dict[str, Any], loaded: Loaded) -> str:
     head = [f"{study['name']}: {study['question']}"]
     if study["miniature"]:
         head.append("MINIATURE: sizes, data and rates are this profile's; nothing here compares with published numbers.")
+    if study["batch_scale"] != 1:
+        head.append(f"BATCHES SCALED by {scale(study['batch_scale'])}: a training step holds that share of the recipe's samples.")
+    if study["allow_subset"]:
+        head.append(f"SUBSETS ALLOWED: fewer records than published are no error for {', '.join(study['allow_subset'])}.")
     parts = [
         "\n".join(head), _arms(plan), _stages(plan), _training(plan), _evaluation(plan), _totals(plan), _scaled(study), _assumptions(study),
     ]  # fmt: skip
@@ -52,6 +56,11 @@ def hours(number: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{number:,.1f} h"
 
 
+def scale(factor: float) -> str:
+    """1/64 for 0.015625."""
+    return f"1/{round(1 / factor)}" if factor < 1 and (1 / factor).is_integer() else f"{factor:g}"
+
+
 def flow(value: Any) -> str:
     """A value as one would write it in YAML, on one line."""
     if isinstance(value, dict):
@@ -67,13 +76,15 @@ def _arms(plan: dict[str, Any]) -> str:
     if not entries:
         return ""
     axes = list(entries[0]["axes"])
+    foreign = {stage["id"] for stage in plan["stages"] if (stage["spec"].get("model") or {}).get("family") == "existing"}
     rows = []
     for entry in entries:
         start = entry["released"] + (" (stand-in)" if entry["stands_in"] else "") if entry["released"] else entry["init"]
-        total = hours(sum(cost[id] for id in entry["stages"]))
+        total = hours(sum(cost[id] for id in entry["stages"])) + " without its answers" * bool(foreign.intersection(entry["stages"]))
         rows.append([entry["name"], *(entry["axes"][axis] for axis in axes), start, len(entry["stages"]), total])
     title = f"Arms: {len(plan['arms']):,} trained, {len(plan['references'])} reference(s). Cost of one alone, nothing shared:"
-    return title + "\n" + table(["arm", *axes, "init", "stages", "device"], rows)
+    note = "\n  without its answers: what transformers' generate takes for a released model is not estimated" if foreign else ""
+    return title + "\n" + table(["arm", *axes, "init", "stages", "device"], rows) + note
 
 
 def _stages(plan: dict[str, Any]) -> str:
@@ -96,13 +107,17 @@ def _training(plan: dict[str, Any]) -> str:
         cost, spec, runtime = stage["cost"], stage["spec"], stage["runtime"]
         memory = f"{cost['memory_gib']:.2f}"
         epochs = f"{spec['epochs']:g} epoch" if "epochs" in spec else f"{spec['steps']} steps"
-        again = " recompute" if runtime["activation_checkpointing"] else ""
+        again = " recompute" * bool(runtime["activation_checkpointing"]) + " offload" * bool(runtime["offload"])
         rows.append([
             stage["name"], f"{cost['rows']:,}", epochs, spec["batch"], f"{cost['steps']:,}", f"{cost['samples']:,}", big(cost["tokens"]),
-            "+".join(cost["trainable"]), big(cost["flops"]), hours(cost["gpu_hours"]), memory, f"{runtime['zero']}{again}",
-            f"{cost['disk_gib']:.3f}",
+            "+".join(f"{part} (LoRA)" if part in spec.get("adapters", {}) else part for part in cost["trainable"]),
+            big(cost["flops"]), hours(cost["gpu_hours"]), memory, f"{runtime['zero']}{again}",
+            f"{runtime['micro_tokens']:,}", f"{cost['disk_gib']:.3f}",
         ])  # fmt: skip
-    head = ["training", "rows", "for", "batch", "steps", "samples", "tokens", "trains", "FLOPs", "device", "GiB each", "ZeRO", "GiB kept"]
+    head = [
+        "training", "rows", "for", "batch", "steps", "samples", "tokens", "trains", "FLOPs", "device", "GiB each", "ZeRO", "micro",
+        "GiB kept",
+    ]  # fmt: skip
     title = "Batch arithmetic and estimates (steps = rows x epochs / batch, the last partial batch counts):\n"
     return title + table(head, rows) if rows else ""
 
@@ -131,6 +146,7 @@ def _totals(plan: dict[str, Any]) -> str:
         f"  {big(totals['flops'])}FLOP, {hours(totals['gpu_hours'])} of one device; "
         f"arm by arm without sharing {hours(totals['gpu_hours_without_sharing'])}",
         f"  largest stage {totals['memory_gib']:.2f} GiB of {device['memory_gib']:g} GiB a device"
+        + (f", {totals['host_gib']:.2f} GiB of its host" if totals["host_gib"] else "")
         + ("" if totals["fits"] else ": DOES NOT FIT"),
         f"  {totals['disk_gib']:.2f} GiB kept, {totals['work_gib']:.2f} GiB more for the largest stage's checkpoints",
     ]
@@ -140,6 +156,11 @@ def _totals(plan: dict[str, Any]) -> str:
             f"  the paper: {paper['devices']} x {paper['device']}, up to {paper['hours']:g} h an arm = {each:,.0f} device hours an arm, "
             f"{most:,.0f} for {totals['arms']} arms"
         )
+        if "planned" in paper:
+            lines.append(
+                f"  this plan on {paper['device']}: {paper['planned']:,.0f} device hours for everything, "
+                f"{paper['planned_longest_arm']:,.0f} for the longest arm alone, {paper['planned_each']:,.0f} for all arms one by one"
+            )
     return "\n".join(lines)
 
 

@@ -1,7 +1,8 @@
 """The scale a study runs at: what its names mean (assets), what there is to compute with (resources), what is smaller (overrides).
 
 An asset is a checkpoint (`checkpoint:`, `revision:`) or a small model (`config:`) that becomes training stages (`trained:`),
-run once on first use and kept by identity. A profile is `experiments/profiles/NAME.yaml` or any file.
+run once on first use and kept by identity. A profile is `experiments/profiles/NAME.yaml` or any file; it may be a few changes of
+another one, its `base`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datasets_ray.errors import UserError, nearest
+from grid import yamlfile
 from grid.schema import option
 from grid.study import Training, _name
 from grid.yamlfile import Node
@@ -52,9 +54,12 @@ class Asset:
 
 @dataclass
 class Encoder(Asset):
-    """A CLIP model: its image tower is the vision encoder, both towers mine and classify."""
+    """A vision encoder. Of an open_clip model (or a CLIP from transformers) both towers mine and classify, too."""
 
     image: Image = option("pixels in")
+    builder: Literal["open_clip", "transformers_vision"] = option(
+        "who builds it: open_clip (any CLIP, open_clip's or transformers'), or transformers_vision (CLIP, SigLIP, DINOv2)", "open_clip"
+    )
 
 
 @dataclass
@@ -69,7 +74,11 @@ class Llm(Asset):
 class Model(Asset):
     """A whole vision-language architecture with its own weights, or a released model."""
 
-    family: Literal["vlm", "qwen2_vl"] = option("architecture", "vlm")
+    family: Literal["vlm", "qwen2_vl", "existing"] = option(
+        "architecture; existing: any released model, asked through its own processor and transformers' generate", "vlm"
+    )
+    prompts: str | None = option("existing: how its family is asked (trainers/families)", None)
+    remote_code: bool = option("existing: run the checkpoint's own code, with a pinned revision", False)
     image: Image | None = option("pixels in; null for `vlm`: its encoder's", None)
     tokenizer: str | None = option("committed tokenizer, directory or hub id", None)
     template: str | None = option("conversation template; null: the language model's", None)
@@ -96,7 +105,9 @@ class Data:
     keys: dict[str, Any] = option("the source's own keys: part, split, rows, seed ...", {})
     revision: str | None = option("which version of the data", None)
     concat: list[str] = option("data sets of this profile, one after another", [])
-    rows: int | None = option("rows, where `keys` has no `rows`: for batch arithmetic only", None, unit="rows", low=1)
+    rows: int | None = option("rows, where neither `keys` nor `expect` says how many: for batch arithmetic only", None, unit="rows", low=1)
+    expect: int | None = option("records of the published release; fewer are an error without `allow_subset`", None, unit="records", low=1)
+    allow_subset: bool | None = option("whether fewer records than published will do; null: as the profile says", None)
     tokens: float = option("mean text tokens of a row, for the cost estimate only", 32.0, unit="tokens", above=0.0)
     images: float = option("mean images of a row, for the cost estimate only", 1.0, unit="images", low=0.0)
     megabytes: float = option("size of a thousand rows, for the disk estimate only", 5.0, unit="MB", low=0.0)
@@ -106,10 +117,11 @@ class Data:
 class Device:
     """One accelerator (or core) of the profile, for estimates only."""
 
-    name: str = option("its name", "one CPU core")
-    tflops: float = option("peak rate at the profile's precision", 0.05, unit="TFLOP/s", above=0.0)
+    name: str = option("A100-40GB, A100-80GB, H100-80GB, H200, one CPU core: those need no numbers; or any other", "one CPU core")
+    tflops: float | None = option("peak rate at the profile's precision; null: its name's", None, unit="TFLOP/s", above=0.0)
     mfu: float = option("assumed share of the peak that training reaches", 0.3, above=0.0, high=1.0)
-    memory_gib: float = option("its memory", 4.0, unit="GiB", above=0.0)
+    memory_gib: float | None = option("its memory; null: its name's", None, unit="GiB", above=0.0)
+    host_gib: float | None = option("its share of the host's memory, for offloading; null: its name's", None, unit="GiB", low=0.0)
 
 
 @dataclass
@@ -130,12 +142,17 @@ class Resources:
     grace_seconds: float = option("longest wait for stages to save when a run is stopped", 30.0, unit="seconds", low=0.0)
     budget_seconds: float | None = option("what the run should take; printed against what it took", None, unit="seconds", above=0.0)
     dashboard: bool = option("whether Ray's dashboard starts", True)
-    micro_tokens: int = option("tokens of one micro-batch", 8192, unit="tokens", low=16)
+    micro_tokens: Literal["auto"] | int = option(
+        "tokens of one micro-batch; auto: the largest power of two that fits, a whole sample at least", 8192, unit="tokens", low=16
+    )
     checkpoint_steps: int = option("steps between two checkpoints", 50, unit="steps", low=1)
     eval_batch: int = option("questions of one batch", 64, unit="questions", low=1)
     zero: Literal["auto", 0, 1, 2, 3] = option("DeepSpeed ZeRO stage; auto: the least that fits", "auto")
     activation_checkpointing: Literal["auto", True, False] = option(
         "recompute activations in the backward pass; auto: where memory asks for it", "auto"
+    )
+    offload: Literal["auto", True, False] = option(
+        "masters, moments and the optimiser's step in the host's memory (ZeRO 2 and 3); auto: where nothing else fits", "auto"
     )
 
 
@@ -148,11 +165,16 @@ class Tracking:
 
 @dataclass
 class Profile:
-    """One YAML file under experiments/profiles."""
+    """One YAML file under experiments/profiles, over the one that its `base: NAME|FILE` names, if it names one."""
 
     profile: str = option("its name", check=_name)
     about: str = option("what it is for, in a sentence")
     miniature: bool = option("whether every table must say so", False)
+    allow_subset: bool = option("whether data sets may be smaller than published; every table says so", False)
+    batch_scale: float = option(
+        "factor of every training stage's batch, which keeps one sample or more; every table says so", 1.0, above=0.0, high=1.0
+    )
+    hollow: bool = option("build every arm at its true size without a device and without weights, instead of running it", False)
     precision: Literal["fp32", "bf16"] = option("of training and prediction", "fp32")
     device: Device = option("for estimates", Device)
     resources: Resources = option("for runs", Resources)
@@ -179,3 +201,26 @@ def choose(name: str | None) -> tuple[Path, str]:
     if not path.is_file():
         raise UserError(f"no profile {wanted!r}", why=f"asked for by {why}", hint=nearest(wanted, [p.stem for p in HERE.glob("*.yaml")]))
     return path, why
+
+
+def tree_of(path: Path, open_: tuple[Path, ...] = ()) -> Node:
+    """A profile file's keys over those of its `base`, and that one's over its own. Raises UserError for a base that isn't there."""
+    tree = yamlfile.read(path)
+    named = tree.value.get("base")
+    if named is None:
+        return tree
+    name = named.value
+    if not isinstance(name, str):
+        raise UserError("base is no text", why="it names another profile", hint="base: cluster", where=named.where)
+    below = Path(name)
+    if below.suffix in (".yaml", ".yml") or len(below.parts) > 1:
+        below = path.parent / below
+    else:
+        below = HERE / f"{name}.yaml"
+        if not below.is_file():
+            raise UserError(f"base: no profile {name!r}", hint=nearest(name, [p.stem for p in HERE.glob("*.yaml")]), where=named.where)
+    opened = (*open_, path.resolve())
+    if below.resolve() in opened:
+        raise UserError(f"base: {name!r} leads back to itself", why="a profile changes another one", where=named.where)
+    changes = Node({key: node for key, node in tree.value.items() if key != "base"}, tree.file, tree.line)
+    return yamlfile.merged(tree_of(below, opened), changes)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grid import options
-from grid.plan import make_plan
+from grid import hollow, options
+from grid.load import load
+from grid.plan import plan as make_plan
 from grid.rundir import RunDirectory
 from grid.session import Session
 from grid.settings import Settings
@@ -27,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="start over: empties the run directory first")
     given = parser.parse_args(argv)
     command = ["python", "-m", "grid.run", *(sys.argv[1:] if argv is None else argv)]
-    plan = make_plan(given.study, profile=given.profile, arms=given.arms, sets=given.set)
-    return run(plan, out=given.out, fresh=given.fresh, command=command)
+    loaded = load(given.study, given.profile, given.set, given.arms)
+    if loaded.profile.hollow:
+        return hollow.run(loaded, given.out)
+    return run(make_plan(loaded), out=given.out, fresh=given.fresh, command=command)
 
 
 def run(plan: dict[str, Any], *, out: str | Path | None, fresh: bool, command: list[str]) -> int:

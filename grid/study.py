@@ -60,6 +60,21 @@ class Optimizer:
     weight_decay: float = option("decoupled weight decay", 0.0, low=0.0, high=1.0)
 
 
+def _no_dropout(dropout: float) -> str | None:
+    return None if dropout == 0 else f"{dropout} can't be: its draws would depend on micro-batch and worker count; write 0.0"
+
+
+@dataclass
+class Adapter:
+    """Low-rank products beside a part's linear maps, learned in their place and added to them at the stage's end (Hu et al. 2021)."""
+
+    kind: Literal["lora"] = option("form", "lora")
+    rank: int = option("inner width of a product", 16, low=1, high=4096)
+    alpha: float = option("a product counts alpha / rank times", 32.0, above=0.0)
+    dropout: float = option("before the products; 0 only", 0.0, low=0.0, high=1.0, check=_no_dropout)
+    targets: str | list[str] = option("`all-linear` (without the vocabulary's), or last names of linear maps such as q_proj", "all-linear")
+
+
 @dataclass
 class Training:
     """One training stage: data, objective, what is trained at which rate, for how long."""
@@ -69,6 +84,7 @@ class Training:
     steps: int | None = option("optimiser steps; or give `epochs`", None, unit="steps", low=1)
     batch: int = option("samples of one optimiser step over all devices", unit="samples", low=1, high=1_000_000)
     phases: list[Phase] = option("what is trained at which peak rate, until when", check=_phases)
+    adapters: dict[str, Adapter] = option("part (llm) → low-rank adapters, which then learn in its weights' place at the part's rate", {})
     objective: dict[str, Any] = option("`name` of the objective and its own keys", {"name": "next_token"})
     optimizer: Optimizer = option("update rule", Optimizer)
     schedule: Literal["cosine", "linear", "constant"] = option("shape of the learning rate over all steps", "cosine")
@@ -134,8 +150,15 @@ class Benchmark:
     negatives: Literal["mined", "annotated", "given"] = option(
         "where wrong options come from: mined by a CLIP model, people's annotations of model errors, or the set itself", "given"
     )
-    metric: Literal["accuracy", "mean_per_class"] = option("what its score is", "accuracy")
+    metric: Literal["accuracy", "mean_per_class", "circular"] = option(
+        "what its score is; circular: only questions right in every rotation count, as MMBench has it", "accuracy"
+    )
     zeroshot: bool = option("whether CLIP encoders classify it too", False)
+    templates: list[str] = option("texts of a class for that classification, averaged; `{}` is its name; empty: `mining.template`", [])
+    ensemble: str | None = option(
+        "instead of `templates`: a data set (imagenet1k, pets ...) whose CLIP prompts are read from CLIP benchmark's file below data_root",
+        None,
+    )
 
 
 @dataclass
@@ -149,14 +172,28 @@ class Mining:
     seed: int = option("of the order of options", 0, low=0)
 
 
+def _methods(given: str | list[str]) -> str | None:
+    if not given:
+        return "no method at all"
+    return None if isinstance(given, str) or len(set(given)) == len(given) else "a method twice"
+
+
 @dataclass
 class Evaluation:
     """How models are asked and answers read."""
 
     suffix: str = option("last line of a prompt", "Answer with the option's letter from the given choices directly.")
+    options: Literal["listed", "hidden"] = option(
+        "whether a prompt shows the options; hidden ones are only scored (`method: likelihood`), as CLIP's zero-shot classifies", "listed"
+    )
     rule: str = option("answer rule, of `datasets_ray.answers`", "vlmevalkit")
     max_new_tokens: int = option("longest answer", 8, unit="tokens", low=1, high=4096)
-    method: Literal["generate"] = option("greedy generation", "generate")
+    method: Literal["generate", "first_token", "likelihood"] | list[Literal["generate", "first_token", "likelihood"]] = option(
+        "how answers are made: `generate` (greedy text, read by the rule), `first_token` (the same, settled where its first token is a "
+        "letter), `likelihood` (log-probabilities of the options); of several in one pass the first is the score's value",
+        "generate",
+        check=_methods,
+    )
     fit: Literal["crop", "pad", "squash"] | None = option("how an image becomes a square; null: as in finetuning", None)
 
 
@@ -190,6 +227,23 @@ class Assumption:
 
 
 @dataclass
+class Limits:
+    """Where a loss ends a stage instead of being counted."""
+
+    dropped: float | None = option(
+        "share of a data set's records that may be dropped; null: 0.01 where the profile says what to `expect`", None, low=0.0, high=1.0
+    )
+
+
+@dataclass
+class GeneralAxis:
+    """The general axis of a figure of fine-grained against general ability: numbers that the user brings, never an average made here."""
+
+    file: str = option("CSV of `model,average` in percentage points, beside this file; a model without a number is left out, and named")
+    name: str = option("what the numbers are, as the figure says it", "OpenVLM average")
+
+
+@dataclass
 class PaperCost:
     """What the source says it spent."""
 
@@ -209,6 +263,7 @@ class Study:
     compatibility: str | None = option("a named set of defaults, such as llava-1.5", None)
     published: str | None = option("CSV of published rows, relative to this file", None)
     paper_cost: PaperCost | None = option("what the source says it spent", None)
+    general_axis: GeneralAxis | None = option("numbers from elsewhere to hold fine-grained averages against", None)
     recipe: Recipe = option("the base recipe")
     templates: dict[str, str] = option("language model → conversation template", {})
     axes: dict[str, list[str] | dict[str, dict[str, Node]]] = option(
@@ -223,4 +278,5 @@ class Study:
     groups: dict[str, list[str]] = option("name → benchmarks whose mean is reported", {})
     contrasts: list[Contrast] = option("the effects that answer the question", [])
     controls: Controls = option("sanity checks", Controls)
+    limits: Limits = option("where a loss ends a stage", Limits)
     assumptions: list[Assumption] = option("what the source leaves open", [])

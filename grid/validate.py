@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
-from datasets_ray.errors import nearest
+from datasets_ray.errors import UserError, nearest
 from grid.expand import Arm
 from grid.profile import Profile
 from grid.schema import Reader
 from grid.study import Study, Training
 from grid.validate_profile import check_training, known, template
+from grid.where import parse_where
 from grid.yamlfile import Node
-
-CONDITION = re.compile(r"\s*([\w-]+)\s*(!?=)\s*([^;=!]+?)\s*$")
-
-
-def conditions(where: str) -> list[tuple[str, bool, list[str]]]:
-    """`axis=a|b;row!=2` → [(axis, equal?, values)]. ValueError with the part that isn't one."""
-    found = []
-    for part in where.split(";"):
-        if part.strip():
-            match = CONDITION.match(part)
-            if not match:
-                raise ValueError(part.strip())
-            found.append((match[1], match[2] == "=", [value.strip() for value in match[3].split("|")]))
-    return found
 
 
 def check_axes(study: Study, reader: Reader) -> bool:
@@ -98,7 +83,7 @@ def _arms(study: Study, profile: Profile, arms: list[Arm], reader: Reader) -> No
         if arm.released is None:
             if recipe.model is not None:
                 if first("model", recipe.model):
-                    own = [name for name, model in profile.models.items() if model.stand_in is None]
+                    own = [name for name, model in profile.models.items() if model.stand_in is None and model.family != "existing"]
                     known(recipe.model, own, "model of the profile", f"arm {arm.name}: model", reader, where)
             else:
                 if first("encoder", recipe.encoder):
@@ -161,8 +146,28 @@ def _benchmarks(study: Study, profile: Profile, arms: list[Arm], reader: Reader)
             reader.error(what, why="its own mistakes would be the wrong options", at="mining.miner")
     if study.mining and "{}" not in study.mining.template:
         reader.error("mining.template has no '{}'", why="it stands for the class name", at="mining.template")
+    how = study.evaluation
+    first = how.method[0] if isinstance(how.method, list) else how.method
+    if how.options == "hidden" and first != "likelihood":
+        why, hint = "what isn't shown can only be scored by its likelihood", "method: likelihood, or a list that begins with it"
+        reader.error("evaluation.options: hidden", why=why, hint=hint, at="evaluation.options")
+    existing = [ref.name for ref in study.references if (asset := profile.models.get(ref.released)) and asset.family == "existing"]
+    if how.options == "hidden" and existing:
+        what = f"evaluation.options: hidden, and {existing[0]} is a model that is asked as its family asks"
+        reader.error(what, why="that prompt lists the options", hint="options: listed", at="evaluation.options")
     for name, benchmark in study.benchmarks.items():
+        if benchmark.metric == "circular" and (benchmark.negatives != "given" or benchmark.zeroshot):
+            hint = "negatives: given, without zeroshot"
+            why = "it counts the rotations of questions that come with their options"
+            reader.error(f"benchmarks.{name}.metric: circular", why=why, hint=hint, at=f"benchmarks.{name}.metric")
         known(benchmark.data, profile.data, "data set of the profile", f"benchmarks.{name}.data", reader)
+        if benchmark.templates and benchmark.ensemble:
+            why = "one of the two says how classes are written"
+            reader.error(f"benchmarks.{name}: `templates` and `ensemble`", why=why, at=f"benchmarks.{name}")
+        for index, text in enumerate(benchmark.templates):
+            if "{}" not in text and "{c}" not in text:
+                at = f"benchmarks.{name}.templates[{index}]"
+                reader.error(f"{at} has no '{{}}'", why="it stands for the class name", at=at)
     for group, members in study.groups.items():
         for index, member in enumerate(members):
             known(member, study.benchmarks, "benchmark", f"groups.{group}[{index}]", reader)
@@ -191,15 +196,13 @@ def _contrasts(study: Study, reader: Reader) -> None:
             if set(sides["from"]) & set(sides["to"]):
                 reader.error(f"{path}: the same value before and after", why="the two sides of an effect differ", at=path)
         try:
-            parts = conditions(contrast.where)
-        except ValueError as error:
-            what = f"{path}.where: {str(error)!r} is no condition"
-            reader.error(what, why="conditions read `axis=a|b;axis!=c;row!=2`", at=f"{path}.where")
+            clauses = parse_where(contrast.where, study.axes)
+        except UserError as error:
+            reader.error(f"{path}.where: {error.what}", why=error.why, hint=error.hint, at=f"{path}.where")
             continue
-        for axis, _, values in parts:
-            if axis != "row" and known(axis, [*study.axes, "row"], "axis", f"{path}.where", reader):
-                for value in values:
-                    known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.where", reader)
+        for clause in clauses:
+            for value in clause.values if clause.key in study.axes else ():
+                known(value, study.axes[clause.key], f"value of axis {clause.key}:", f"{path}.where", reader)
 
 
 def _assumptions(study: Study, own: Node, reader: Reader) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets_ray.errors import nearest
+from datasets_ray.errors import UserError, nearest
+from grid import devices
 from grid.profile import Asset, Profile
 from grid.schema import Reader
 from grid.study import Training
+from trainers import families
 
 PARTS = ("encoder", "connector", "llm")
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +64,13 @@ def check_training(
         for part in phase.learning_rates:
             here = f"{path}.phases[{index}].learning_rates.{part}"
             known(part, parts, "part", here, reader, marks[here])
+    learned = {part for phase in training.phases for part in phase.learning_rates}
+    for part in training.adapters:
+        here = f"{path}.adapters.{part}"
+        if known(part, ["llm"], "part for adapters", here, reader, marks.get(here, where)) and part not in learned:
+            hint = f"add `{part}: RATE` to a phase's learning_rates"
+            why, there = "adapters learn at their part's rate", marks.get(here, where)
+            reader.error(f"{here}: no phase trains {part}", why=why, hint=hint, where=there)
     objective = training.objective.get("name")
     if not isinstance(objective, str):
         reader.error(f"{path}.objective: no `name`", hint="objective: {name: next_token}", where=where)
@@ -77,7 +86,14 @@ def template(name: str, path: str, reader: Reader, where: str = "") -> bool:
 
 
 def check_profile(profile: Profile, reader: Reader) -> None:
-    """Every asset of every kind."""
+    """Every asset of every kind, and the device."""
+    device = profile.device
+    try:
+        device.tflops, device.memory_gib, device.host_gib = devices.resolve(
+            device.name, profile.precision, device.tflops, device.memory_gib, device.host_gib
+        )
+    except UserError as error:
+        reader.error(f"device.name: {error.what}", why=error.why, hint=error.hint, at="device.name")
     for kind in ("encoders", "llms", "models"):
         assets: dict[str, Any] = getattr(profile, kind)
         for name, asset in assets.items():
@@ -86,6 +102,8 @@ def check_profile(profile: Profile, reader: Reader) -> None:
             if initial is not None and known(initial, assets, f"one of {kind}", f"{path}.initial", reader) and _circle(name, assets):
                 reader.error(f"{path}.initial: a circle", why="its initial weights come from itself", at=path)
             _origin(asset, path, reader)
+            if kind == "models":
+                _existing(asset, path, reader)
             if kind == "models" and asset.family == "vlm" and asset.checkpoint and set(asset.config or {}) != set(PARTS):
                 why = "a released vlm is built part by part"
                 reader.error(f"{path}.config: not its three parts", why=why, hint=f"config: {{{', '.join(PARTS)}}}", at=path)
@@ -107,9 +125,29 @@ def check_profile(profile: Profile, reader: Reader) -> None:
         for other in data.concat:
             single = [n for n, d in profile.data.items() if n != name and not d.concat]
             known(other, single, "data set", f"{path}.concat", reader)
-        if data.source is not None and data.rows is None and not isinstance(data.keys.get("rows"), int):
-            hint = "add `rows:`, or `keys: {rows: ...}` where the source takes it"
+        if data.source is not None and (data.rows or data.expect) is None and not isinstance(data.keys.get("rows"), int):
+            hint = "add `rows:` or `expect:`, or `keys: {rows: ...}` where the source takes it"
             reader.error(f"{path}: no number of rows", why="batch arithmetic needs it", hint=hint, at=path)
+
+
+def _existing(asset: Any, path: str, reader: Reader) -> None:
+    """A released model that is asked through its own processor: a checkpoint, a family of prompts, and its own code only on purpose."""
+    if asset.family != "existing":
+        if asset.prompts or asset.remote_code:
+            what, why = f"{path}: `prompts` or `remote_code`", "they are of `family: existing`"
+            reader.error(what, why=why, hint="family: existing", at=path)
+        return
+    if asset.checkpoint is None or asset.trained:
+        reader.error(f"{path}: an existing model is a `checkpoint`, and nothing trains it", why="it is only asked", at=path)
+    if asset.prompts is None:
+        reader.error(f"{path}.prompts: missing", why="how is its family asked?", hint=f"one of {', '.join(families.names())}", at=path)
+    elif known(asset.prompts, families.names(), "prompt family", f"{path}.prompts", reader):
+        refused = families.refusal(asset.prompts, asset.remote_code)
+        if refused is not None:
+            reader.error(f"{path}: {asset.prompts!r} can't be asked", why=refused[0], hint=refused[1], at=f"{path}.prompts")
+    if asset.remote_code and asset.revision is None and asset.checkpoint and not Path(asset.checkpoint).is_dir():
+        why = "what its code does may change any day"
+        reader.error(f"{path}: `remote_code` without `revision`", why=why, hint="revision: the commit whose code you read", at=path)
 
 
 def _circle(name: str, assets: dict[str, Any]) -> bool:

@@ -3,7 +3,8 @@
     data stream (prefetches from here on) ─► model ─► phase 1: engine, steps ─► phase 2: engine on the same module, steps ─► artefact
 
 In: a train spec, rows artefacts, checkpoints of an earlier attempt in `ctx.work`. Out in `ctx.out`: `<part>.safetensors` for every trained
-part and `model.json` (the ModelSpec after training); a summary; one metrics record a step.
+part (adapters merged, and beside it in `adapters/<part>/`) and `model.json` (the ModelSpec after training); a summary; one metrics
+record a step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from datasets_ray.encoding import Encoding, Stats
 from datasets_ray.errors import UserError, nearest
 from datasets_ray.images import ImageRecipe
 from datasets_ray.pipeline import index_of, train_batches
-from trainers import checkpoint, models, optim
+from trainers import adapters, checkpoint, models, optim
 from trainers.batch import Filler, to_device
 from trainers.checkpoint import Checkpoint, Progress
 from trainers.context import Context, Interrupted
@@ -32,6 +33,7 @@ from trainers.engine import Engine, Fragment
 from trainers.meter import Meter
 from trainers.objectives import Objective, load_objective
 from trainers.step import train_step
+from trainers.store import sha256
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ class Training:
         self.factor = optim.schedule(spec.get("schedule", "cosine"), self.steps, spec.get("warmup", 0.0))
         saved = checkpoint.latest(ctx.work, ctx.rank, ctx.world)
         self.progress = saved.progress if saved else Progress()
-        self.meter = Meter(ctx, self.progress, self.steps)
+        self.meter = Meter(ctx, self.progress, self.steps, spec.get("precision", "fp32"))
         self.before = Stats.from_json(self.progress.data) if self.progress.data else Stats()
         if saved:
             self.notes += [f"went on from step {self.progress.step}", *(f"torn checkpoint {torn}" for torn in saved.passed_over)]
@@ -119,6 +121,7 @@ class Training:
             with self.timed("model"):
                 torch.manual_seed(spec["seed"])
                 model = models.build(spec["model"], ctx)
+                adapters.attach(model, spec.get("adapters"), spec["seed"])
                 if saved:
                     saved.load_weights(model)
             for phase in phases:
@@ -170,7 +173,9 @@ class Training:
         """Freezes, counts and says what is frozen, and puts an engine over the rest."""
         spec, ctx = self.spec, self.ctx
         models.train_parts(model, set(phase.learning_rates))
+        adapters.freeze_rest(model)
         model.train()
+        self.meter.watch(model)
         rates = phase.learning_rates
         rows = [{**row, "phase": phase.number, "learning_rate": rates.get(row["part"])} for row in models.freeze_table(model)]
         for row in rows:
@@ -178,13 +183,14 @@ class Training:
         ctx.report({"step": self.progress.step, **{f"train/trainable/{row['part']}": row["trainable"] for row in rows}})
         self.freeze += rows
         groups = optim.parameter_groups(model.parts, phase.learning_rates, spec["optimizer"].get("weight_decay", 0.0))
-        zero, precision = ctx.runtime.get("zero", 0), spec.get("precision", "fp32")
+        zero, precision, offload = ctx.runtime.get("zero", 0), spec.get("precision", "fp32"), bool(ctx.runtime.get("offload", False))
         self.engine = Engine(
             model, objective, groups, spec["optimizer"], zero=zero, precision=precision, clip=spec.get("clip"),
-            device=ctx.device, rank=ctx.rank, world=ctx.world, more=ctx.runtime.get("deepspeed"),
+            device=ctx.device, rank=ctx.rank, world=ctx.world, offload=offload, more=ctx.runtime.get("deepspeed"),
         )  # fmt: skip
         if self.engine.zero != zero:
-            self.notes.append(f"ZeRO {self.engine.zero} instead of {zero}: {precision} gradients are accumulated in fp32 from ZeRO 1 on")
+            why = "state is offloaded from ZeRO 2 on" if offload else f"{precision} gradients are accumulated in fp32 from ZeRO 1 on"
+            self.notes.append(f"ZeRO {self.engine.zero} instead of {zero}: {why}")
         return self.engine
 
     def carry_over(self, engine: Engine, saved: Checkpoint | None) -> dict[str, Tensor]:
@@ -228,17 +234,21 @@ class Training:
     # ── the artefact ─────────────────────────────────────────────────────────────────────────────────────────────────────
     def export(self, model: Any, parts: list[str]) -> dict[str, str]:
         """Writes what was trained; returns sha256 by file (rank 0)."""
-        ctx, files = self.ctx, {}
+        ctx = self.ctx
+        files: dict[str, str] = {}
         ctx.guard()
         for part in parts:
             with (self.engine.gathered(model.parts[part]) if self.engine else _nothing()):
                 if ctx.rank == 0:
+                    beside = adapters.merge(model.parts[part], ctx.out / "adapters" / part)
                     path = models.save_part(model, part, ctx.out / f"{part}.safetensors")
-                    files[path.name] = checkpoint.sha256(path)
+                    files |= {file.relative_to(ctx.out).as_posix(): sha256(file) for file in (path, *beside)}
         if ctx.rank == 0:
             after = copy.deepcopy(self.spec["model"])
             for part in parts:
-                after["parts"][part]["weights"] = {"stage": ctx.stage["id"]}
+                before = after["parts"][part]["weights"]
+                origin = before if "checkpoint" in before else before.get("of")
+                after["parts"][part]["weights"] = {"stage": ctx.stage["id"], **({"of": origin} if origin else {})}
             (ctx.out / "model.json").write_text(json.dumps(after, indent=1, sort_keys=True))
         return files
 
@@ -249,7 +259,7 @@ class Training:
             "steps": progress.step, "samples": progress.samples, "tokens": progress.tokens, "valid_tokens": progress.valid_tokens,
             "loss": {"first": progress.losses[0], "last": progress.losses[-1], "last_tenth": sum(tail) / len(tail)},
             "data": stats.to_json(), "frozen": self.freeze, "seconds": {**self.seconds, "waiting": self.stream.waited},
-            "sha256": files, "notes": self.notes,
+            "compute": self.meter.compute(), "sha256": files, "notes": self.notes,
         }  # fmt: skip
 
 

@@ -13,18 +13,23 @@ import numpy as np
 
 from grid import stats
 from grid.effects import METHOD, Effect, Estimate, compute
-from grid.report import evidence, provenance
+from grid.report import compared, evidence, invalid, provenance
+from grid.report.existing import existing_table
 from grid.report.table import Table, plain, span
 from grid.report.tables import average_interval, effects_table, is_clear, marks_of, paper_tables, printed_effects, steps_table, title_of
 from grid.results import Results
 
 EVIDENCE = (
+    compared.compared_table,
+    compared.benchmarks_compared,
     evidence.seeds_table,
     evidence.benchmarks_table,
+    invalid.invalid_table,
     evidence.zeroshot_table,
     evidence.control_table,
     evidence.detail_table,
     provenance.lost_table,
+    provenance.subsets_table,
     provenance.assumptions_table,
     provenance.time_table,
     provenance.versions_table,
@@ -48,6 +53,7 @@ def build(results: Results) -> Report:
     """The whole report of a run or of a published table."""
     effects = compute(results)
     tables: list[Table | None] = [effects_table(results, effects) if effects else None, steps_table(results), *paper_tables(results)]
+    tables.append(existing_table(results))
     if results.directory is not None:
         tables += [make(results) for make in EVIDENCE]
     return Report(results, effects, headline(results, effects), [table for table in tables if table is not None], marks_of(results))
@@ -91,16 +97,18 @@ def _checks(results: Results) -> list[str]:
     asked = [score for arm in results.arms for score in arm.scores.values() if score.valid is not None and score.n]
     if asked:
         share = sum((s.valid or 0.0) * (s.n or 0) for s in asked) / sum(s.n or 0 for s in asked)
-        lines.append(f"{plain(100 * share)} % of all {sum(s.n or 0 for s in asked)} answers are valid.")
+        lines.append(f"{plain(100 * share)} % of all {sum(s.n or 0 for s in asked)} answers are valid{invalid.because(results)}.")
     controls = [score.answers for arm in results.arms for score in arm.controls.values() if score.answers is not None]
-    if controls:
-        correct = np.concatenate([a.correct.astype(float) for a in controls])
-        options = np.concatenate([1.0 / np.maximum(a.options, 1) for a in controls])
+    if any(a.valid.any() for a in controls):
+        valid = np.concatenate([a.valid for a in controls])
+        correct = np.concatenate([a.correct.astype(float) for a in controls])[valid]
+        options = np.concatenate([a.guess for a in controls])[valid]
         error, z = stats.z_against_chance(correct, options)
         inside = "within" if abs(z) <= 2 else "NOT within"
         lines.append(
-            f"Images permuted among questions: {plain(100 * correct.mean())} % right where chance is {plain(100 * options.mean())} %, "
-            f"{inside} two standard errors (z = {plain(z, signed=True, digits=2)}, {correct.size} questions)."
+            f"Images permuted among questions: {plain(100 * correct.mean())} % of the valid answers are right "
+            f"where chance is {plain(100 * options.mean())} %, {inside} two standard errors "
+            f"(z = {plain(z, signed=True, digits=2)}, {correct.size} of {valid.size} answers)."
         )
     missing = [arm.name for arm in results.arms if any(why != "not planned for this arm" for why in arm.missing.values())]
     if missing:
@@ -116,6 +124,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "study": results.study.get("name", results.title),
         "profile": results.study.get("profile"),
         "miniature": bool(results.study.get("miniature")),
+        "batch_scale": results.study.get("batch_scale", 1.0),
+        "allow_subset": list(results.study.get("allow_subset") or []),
+        "subsets": results.study.get("subsets") or {},
         "marks": list(report.marks),
         "groups": {group: list(members) for group, members in results.groups.items()},
         "interval": {"method": f"{METHOD}, percentile", "level": stats.LEVEL, "resamples": stats.RESAMPLES, "seed": 0},

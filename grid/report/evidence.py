@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from grid import stats
-from grid.report.table import Cell, Column, Table, number, plain, rows_page, span
+from grid.report.table import Cell, Column, Table, confusions_page, number, plain, rows_page, span
 from grid.report.tables import marks_of, title_of
 from grid.results import PER_CLASS, Arm, Results, Score
 
@@ -82,7 +82,7 @@ def benchmarks_table(results: Results) -> Table | None:
         counts = sorted({s.n for _, s in scores if s.n is not None})
         classes = len(np.unique(first.answers.labels)) if first.answers is not None else None
         table.rows.append([
-            Cell(title_of(benchmark)),
+            Cell(title_of(benchmark), href=confusions_page(benchmark)),
             Cell(group),
             Cell(first.metric.replace("_", " ")),
             Cell("–".join(str(c) for c in {counts[0]: 0, counts[-1]: 0})),
@@ -130,7 +130,7 @@ def detail_table(results: Results) -> Table | None:
             if score is None or score.answers is None:
                 continue
             interval = score_interval(score)
-            _, z = stats.z_against_chance(score.answers.correct, 1.0 / np.maximum(score.answers.options, 1))
+            _, z = stats.z_against_chance(score.answers.correct, score.answers.guess)
             table.rows.append([
                 Cell(arm.name),
                 Cell(title_of(benchmark)),
@@ -177,10 +177,11 @@ def control_table(results: Results) -> Table | None:
         Column("arm", numeric=False),
         Column("benchmark", numeric=False),
         Column("questions"),
-        Column("own images"),
-        Column("permuted"),
-        Column("chance"),
-        Column("± se of chance"),
+        Column("valid", "permuted"),
+        Column("right of these", "permuted"),
+        Column("chance", "permuted"),
+        Column("± se of chance", "permuted"),
+        Column("own images", "right of the valid"),
         Column("z"),
         Column("within 2 se", numeric=False),
     ]
@@ -189,7 +190,8 @@ def control_table(results: Results) -> Table | None:
         "Control: images permuted among questions",
         columns,
         marks=marks_of(results),
-        caption="accuracy; chance: one over the options shown; pooled: a question answered by several arms counts once, with their mean",
+        caption="accuracy over valid answers, since an invalid one can't be right by chance; chance: one over the options shown; "
+        "pooled: a question answered by several arms counts once, with their mean",
     )
     pooled: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for arm in results.arms:
@@ -197,14 +199,20 @@ def control_table(results: Results) -> Table | None:
             if control.answers is None or not len(control.answers):
                 continue
             answers, own = control.answers, arm.scores.get(benchmark)
-            options = 1.0 / np.maximum(answers.options, 1)
-            pooled.setdefault(benchmark, []).append((answers.ids, answers.correct.astype(float), options))
-            straight = None if own is None or own.answers is None else 100 * float(own.answers.correct.mean())
-            table.rows.append(_against_chance(arm.name, benchmark, answers.correct.astype(float), options, straight))
+            known = answers.valid
+            pooled.setdefault(benchmark, []).append((answers.ids, np.where(known, answers.correct, np.nan), answers.guess))
+            straight = None
+            if own is not None and own.answers is not None and own.answers.valid.any():
+                straight = 100 * float(own.answers.correct[own.answers.valid].mean())
+            if known.any():
+                correct, guess = answers.correct[known].astype(float), answers.guess[known]
+                table.rows.append(_against_chance(arm.name, benchmark, len(answers), correct, guess, straight))
     for benchmark, given in pooled.items():
         if len(given) > 1 and all(np.array_equal(ids, given[0][0]) for ids, _, _ in given):
-            mean = np.mean([correct for _, correct, _ in given], axis=0)
-            table.rows.append(_against_chance(f"all {len(given)} arms", benchmark, mean, given[0][2], None, spread=True))
+            each = np.array([correct for _, correct, _ in given])
+            known = ~np.isnan(each).all(axis=0)
+            mean = np.nanmean(each[:, known], axis=0)
+            table.rows.append(_against_chance(f"all {len(given)} arms", benchmark, known.size, mean, given[0][2][known], None, spread=True))
     tested = sum(1 for cells in table.rows if not cells[0].text.startswith("all "))
     if tested:
         table.notes.append(f"{tested} comparisons: about {plain(0.0455 * tested)} lie outside two standard errors by chance alone")
@@ -212,7 +220,7 @@ def control_table(results: Results) -> Table | None:
 
 
 def _against_chance(
-    name: str, benchmark: str, correct: np.ndarray, options: np.ndarray, straight: float | None, spread: bool = False
+    name: str, benchmark: str, asked: int, correct: np.ndarray, options: np.ndarray, straight: float | None, spread: bool = False
 ) -> list[Cell]:
     error, z = stats.z_against_chance(correct, options)
     if spread and correct.size > 1:
@@ -222,11 +230,12 @@ def _against_chance(
     return [
         Cell(name),
         Cell(title_of(benchmark)),
+        Cell(str(asked)),
         Cell(str(correct.size)),
-        number(straight),
         number(100 * float(correct.mean())),
         number(100 * float(options.mean())),
         number(100 * error),
+        number(straight),
         number(z, signed=True, digits=2),
         Cell("yes" if inside else "no", tone="" if inside else "warn"),
     ]
@@ -253,14 +262,16 @@ def zeroshot_table(results: Results) -> Table | None:
         "The encoders alone (CLIP zero-shot) and what is left of it in the VLM",
         columns,
         marks=marks_of(results),
-        caption="“a photo of a {class}”, cosine similarity; gap: VLM − encoder among the same options, percentage points, both as accuracy",
+        caption="cosine of image and class texts; gap: VLM − encoder among the same options, percentage points, both as accuracy",
     )
     seen: set[str] = set()
+    texts: dict[str, list[str]] = {}
     for arm in results.arms:
         for benchmark, found in arm.zeroshot.items():
             if found["stage"] in seen:
                 continue
             seen.add(found["stage"])
+            texts.setdefault(_texts(found.get("template")), []).append(title_of(benchmark))
             users = [a for a in results.arms if a.zeroshot.get(benchmark, {}).get("stage") == found["stage"] and benchmark in a.scores]
             values = {a.name: _accuracy(a.scores[benchmark]) for a in users}
             among = _points(found.get("among_choices"))
@@ -273,7 +284,18 @@ def zeroshot_table(results: Results) -> Table | None:
                 number(None if best is None or among is None else values[best] - among, signed=True),
                 number(None if mean is None or among is None else mean - among, signed=True),
             ])  # fmt: skip
+    for said, benchmarks in texts.items():
+        named = f" ({', '.join(dict.fromkeys(benchmarks))})" if len(texts) > 1 else ""
+        table.notes.append(f"class texts: {said}{named}")
     return table if table.rows else None
+
+
+def _texts(template: str | list[str] | None) -> str:
+    """How a zero-shot classifier writes a class."""
+    if not template or isinstance(template, str) or len(template) == 1:
+        one = template[0] if isinstance(template, list) and template else template
+        return f"“{one}”" if one else "not recorded"
+    return f"the mean of {len(template)} texts, the first “{template[0]}”"
 
 
 def _accuracy(score: Score) -> float:

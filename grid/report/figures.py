@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grid.effects import Effect
-from grid.report import plots
+from grid.report import existing, plots
 from grid.report.plots import INK, QUIET
 from grid.report.tables import marks_of
 from grid.results import Results
@@ -39,6 +39,7 @@ def draw(results: Results, effects: Sequence[Effect]) -> list[Figure]:
             plots.swaps_plot(_subplots, results, effects),
             plots.pretraining_plot(_subplots, results),
             plots.steps_plot(_subplots, results),
+            existing.existing_plot(_subplots, results),
         ]
         return [_finish(sketch, results) for sketch in sketches if sketch is not None]
 

@@ -37,6 +37,7 @@ def load_run(directory: str | Path) -> Results:
     results = Results(study.get("name", out.name), groups, [], contrasts=list(plan.get("contrasts", [])), study=study, directory=out)
     results.store, results.run = store, {**run, "summary": _json(out / "summary.json") or {}}
     results.stages = {stage["id"]: {**stage, "done": _json(store / stage["id"] / "DONE.json")} for stage in plan.get("stages", [])}
+    results.study = {**study, "subsets": _subsets(results)}
     failures = _failures(out)
     for planned in [*plan.get("arms", []), *plan.get("references", [])]:
         results.arms.append(_arm(planned, results, failures))
@@ -116,6 +117,17 @@ def _partial(rows: str, results: Results) -> str:
     return ", ".join(said)
 
 
+def _subsets(results: Results) -> dict[str, dict[str, int]]:
+    """Data set → {"expected", "found"} records, for those that are smaller than published."""
+    found = {}
+    for id, stage in results.stages.items():
+        if stage["kind"] == "dataset" and stage["done"] is not None and stage["spec"].get("allow_subset"):
+            short = (_json(_artefact(results, id) / "manifest.json") or {}).get("subset")
+            if short and short["found"] < short["expected"]:
+                found[stage["name"].removeprefix("data ")] = {"expected": int(short["expected"]), "found": int(short["found"])}
+    return found
+
+
 def _score(stage: str, results: Results, what: str) -> Score | None:
     folder = _artefact(results, stage)
     found = _json(folder / "scores.json") if (folder / "DONE.json").is_file() else None
@@ -129,8 +141,7 @@ def _score(stage: str, results: Results, what: str) -> Score | None:
         recomputed = 100 * _mean(answers.correct.astype(float), answers.labels, metric)
         if abs(recomputed - found["value"]) > AGREEMENT:
             results.notices.append(f"{what}: scores.json says {found['value']:.2f}, its rows give {recomputed:.2f}")
-        if (answers.options > 0).all():
-            chance = 100 * _mean(1.0 / answers.options, answers.labels, metric)
+        chance = 100 * _mean(answers.guess, answers.labels, metric)
     return Score(
         float(found["value"]),
         metric,
@@ -142,6 +153,7 @@ def _score(stage: str, results: Results, what: str) -> Score | None:
         answers,
         stage,
         path if answers is not None else None,
+        found.get("invalid") or {},
     )
 
 
@@ -151,7 +163,7 @@ def read_answers(path: Path) -> Answers:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(path).read(columns=["id", "label", "options", "letter", "valid", "correct"])
+    table = pq.ParquetFile(path).read(columns=["id", "label", "options", "letter", "valid", "correct", "guess"])
     options = table.column("options")
     if pa.types.is_list(options.type) or pa.types.is_large_list(options.type):
         counts = pc.list_value_length(options).fill_null(0).to_numpy(zero_copy_only=False)
@@ -159,7 +171,8 @@ def read_answers(path: Path) -> Answers:
         counts = np.array([len(json.loads(text or "[]")) for text in options.to_pylist()])
     text = {name: np.array([cell or "" for cell in table.column(name).to_pylist()], dtype=np.str_) for name in ("id", "label", "letter")}
     flags = {name: table.column(name).fill_null(False).to_numpy(zero_copy_only=False).astype(bool) for name in ("valid", "correct")}
-    return Answers(text["id"], text["label"], flags["correct"], flags["valid"], counts.astype(np.int64), text["letter"])
+    guess = table.column("guess").to_numpy(zero_copy_only=False)
+    return Answers(text["id"], text["label"], flags["correct"], flags["valid"], counts.astype(np.int64), text["letter"], guess)
 
 
 def _mean(values: np.ndarray, labels: np.ndarray, metric: str) -> float:

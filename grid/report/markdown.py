@@ -11,6 +11,11 @@ from grid.report.build import Report
 from grid.report.figures import Figure
 from grid.report.table import Cell, Table
 
+FIGURES = (
+    ("effects", "effects"), ("effects", "figure-5"), ("effects", "figure-7"), ("table-1", "figure-8"), ("existing", "figure-3"),
+)  # fmt: skip
+"""(table, a figure that follows it)"""
+
 
 def render(report: Report, figures: Sequence[Figure] = (), links: bool = True) -> str:
     """The whole report. links: False leaves out what only a folder of pages has."""
@@ -23,7 +28,7 @@ def render(report: Report, figures: Sequence[Figure] = (), links: bool = True) -
         if table.folded:
             continue
         parts += [f"## {table.title}", "", *render_table(table, links), ""]
-        for after, id in (("effects", "effects"), ("effects", "figure-5"), ("effects", "figure-7"), ("table-1", "figure-8")):
+        for after, id in FIGURES:
             if table.id == after and id in pictures:
                 figure = pictures.pop(id)
                 marks = "".join(f" ({mark})" for mark in figure.marks)

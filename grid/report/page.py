@@ -17,9 +17,12 @@ from grid.report.table import ABSENT, Cell, Column, Table, arm_page, number, pla
 from grid.report.tables import marks_of, title_of
 from grid.results import Arm, Results
 
-FIGURES_AFTER = {"effects": ("effects", "figure-5", "figure-7"), "table-1": ("figure-8",)}
+FIGURES_AFTER = {"effects": ("effects", "figure-5", "figure-7"), "table-1": ("figure-8",), "existing": ("figure-3",)}
 """Table id → figures that follow it; figures left over come at the end of the results."""
-EVIDENCE = ("seeds", "benchmarks", "zeroshot", "control", "detail", "lost", "assumptions", "time", "versions")
+EVIDENCE = (
+    "compared", "compared-benchmarks", "seeds", "benchmarks", "zeroshot", "control", "detail", "lost", "subsets", "assumptions", "time",
+    "versions",
+)  # fmt: skip
 
 
 def render(report: Report, figures: Sequence[Figure], pages: set[str]) -> str:
@@ -77,7 +80,14 @@ def _contents(report: Report, asked: bool, notices: bool) -> str:
     first = [entry for entry in entries if entry[0] not in EVIDENCE]
     second = [entry for entry in entries if entry[0] in EVIDENCE]
     entries = [*first, *([("gallery", "What was asked")] if asked else []), *second, *([("notices", "Notices")] if notices else [])]
-    names = {"effects": "Effects", "zeroshot": "Encoders alone", "control": "Control", "lost": "Rows lost", "time": "Time"}
+    names = {
+        "effects": "Effects",
+        "zeroshot": "Encoders alone",
+        "control": "Control",
+        "lost": "Rows lost",
+        "subsets": "Subsets",
+        "time": "Time",
+    }
     return (
         '<nav class="contents">'
         + "".join(f'<a href="#{escape(id)}">{escape(names.get(id, title))}</a>' for id, title in entries)

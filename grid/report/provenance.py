@@ -12,6 +12,7 @@ from typing import Any
 from grid.report.table import Cell, Column, Table, number, plain
 from grid.report.tables import marks_of
 from grid.results import Results
+from grid.summary import group_of, rates
 
 LOST = ("dropped", "truncated", "substituted", "skipped", "cut")
 """First words of the keys in a stage's summary that count what was not used as it is."""
@@ -58,14 +59,33 @@ def _lost(summary: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]
             yield from _lost(value, f"{prefix}{name}: ")
 
 
+def subsets_table(results: Results) -> Table | None:
+    """Data sets that are smaller than their published release, where the profile allows that."""
+    columns = [Column("data set", numeric=False), Column("records"), Column("published"), Column("share, %")]
+    table = Table("subsets", "Data sets smaller than published", columns, marks=marks_of(results))
+    for name, size in (results.study.get("subsets") or {}).items():
+        share = number(100 * size["found"] / size["expected"])
+        table.rows.append([Cell(name), Cell(f"{size['found']:,}"), Cell(f"{size['expected']:,}"), share])
+    return table if table.rows else None
+
+
 def assumptions_table(results: Results) -> Table | None:
-    """What the source leaves open and what was chosen, as written in the study file."""
+    """The methods paragraph: what the source leaves open and was chosen, and what differs from the code it is compatible with."""
     given = results.study.get("assumptions") or []
     table = Table(
-        "assumptions", "Assumptions", [Column("key", numeric=False), Column("value", numeric=False), Column("why", numeric=False)]
+        "assumptions",
+        "Assumptions",
+        [Column("key", numeric=False), Column("value", numeric=False), Column("why", numeric=False)],
+        marks=marks_of(results),
     )
     table.rows = [[Cell(str(a.get("key", ""))), Cell(_value(a.get("value", ""))), Cell(str(a.get("text", "")))] for a in given]
-    return table if table.rows else None
+    named = results.study.get("compatibility")
+    if named:
+        differs = list(results.study.get("notices") or []) or ["nothing known"]
+        table.title = "Methods: assumptions and differences"
+        table.notes.append(f"Unless the study says otherwise, templates, pixels, masks, order and clipping are {named}'s. Still different:")
+        table.notes += differs
+    return table if table.rows or table.notes else None
 
 
 def _value(value: Any) -> str:
@@ -73,16 +93,22 @@ def _value(value: Any) -> str:
 
 
 def time_table(results: Results) -> Table | None:
-    """The plan's estimate and the stages' own seconds by kind; the notes give the run's budget, overhead and memory."""
+    """The plan's estimate, the stages' own seconds and training's MFU by kind; the notes give the run's budget, overhead and memory."""
     columns = [Column("stages of kind", numeric=False), Column("planned"), Column("finished"), Column("estimate, s"), Column("took, s")]
-    table = Table("time", "Budget and what it took", columns, marks=marks_of(results), caption="seconds in a lane, summed over stages")
-    for kind in dict.fromkeys(stage["kind"] for stage in results.stages.values()):
-        stages = [stage for stage in results.stages.values() if stage["kind"] == kind]
+    columns += [Column("MFU, %"), Column("of data sheet, %")]
+    caption = "seconds in a lane, summed over stages; MFU: model FLOPs over the device's measured and its data sheet's rate"
+    table = Table("time", "Budget and what it took", columns, marks=marks_of(results), caption=caption)
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for stage in results.stages.values():
+        groups.setdefault(f"train: {group_of(stage)}" if stage["kind"] == "train" else stage["kind"], []).append(stage)
+    for kind, stages in groups.items():
         finished = [stage for stage in stages if stage["done"] is not None]
         estimates = [b for stage in stages if (b := _estimate(stage)) is not None]
         estimate = number(sum(estimates) if estimates else None, reason="no estimate in the plan")
         took = number(sum(float(stage["done"].get("seconds", 0.0)) for stage in finished))
-        table.rows.append([Cell(kind), Cell(str(len(stages))), Cell(str(len(finished))), estimate, took])
+        found = rates((stage["done"].get("summary") or {}).get("compute") or {} for stage in finished)
+        shares = [number(100 * found[key]) if key in found else Cell("") for key in ("mfu", "mfu_datasheet")]
+        table.rows.append([Cell(kind), Cell(str(len(stages))), Cell(str(len(finished))), estimate, took, *shares])
     table.notes += _summary(results.run.get("summary", {}))
     return table if table.rows else None
 
@@ -112,7 +138,7 @@ def _summary(summary: dict[str, Any]) -> list[str]:
 
 def versions_table(results: Results) -> Table | None:
     """Who ran it, when and with what: the facts of run.json that are plain values."""
-    table = Table("versions", "This run", [Column("what", numeric=False), Column("value", numeric=False)])
+    table = Table("versions", "This run", [Column("what", numeric=False), Column("value", numeric=False)], marks=marks_of(results))
     facts: dict[str, Any] = {k: results.study.get(k) for k in ("name", "profile", "profile_reason", "seed")}
     drivers = results.run.get("drivers") or [{}]
     facts.update({key: results.run.get(key) for key in ("epoch", "state")} | {"command": " ".join(drivers[-1].get("command", []))})

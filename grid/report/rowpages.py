@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grid.report import pictures
+from grid.report import confusions, pictures
 from grid.report.curves import curves_html
 from grid.report.markup import escape, marks_html, shell, table_html
-from grid.report.table import Cell, Column, Table, arm_page, number, plain, rows_page, slug
+from grid.report.table import Cell, Column, Table, arm_page, confusions_page, number, plain, rows_page, slug
 from grid.report.tables import marks_of, title_of
 from grid.results import Arm, Results, Score
 
@@ -28,10 +28,16 @@ def write_pages(results: Results, folder: Path, home: str = "index.html") -> set
     pages: set[str] = set()
     sheets = {benchmark: _sheet(results, benchmark, folder) for benchmark in results.benchmarks}
     asked = {benchmark: _asked(results, benchmark) for benchmark in results.benchmarks}
+    counted = {benchmark: made for benchmark in results.benchmarks if (made := confusions.count(results, benchmark)) is not None}
     for arm in results.arms:
         for benchmark, score in arm.scores.items():
             if score.path is not None:
-                pages |= _rows(results, arm, benchmark, score, sheets.get(benchmark), asked.get(benchmark, {}), folder, home)
+                told = benchmark in counted
+                pages |= _rows(results, arm, benchmark, score, sheets.get(benchmark), asked.get(benchmark, {}), folder, home, told)
+    for benchmark, made in counted.items():
+        table = pictures.open_questions(results.questions[benchmark]) if benchmark in results.questions else None
+        text = confusions.render(results, made, table, sheets.get(benchmark), pages, PER_PAGE, home)
+        pages.add(_write(folder, confusions_page(benchmark), text))
     for arm in results.arms:
         pages.add(_write(folder, arm_page(arm.name), shell(f"{arm.name}, {results.title}", _arm(results, arm, pages, home), "arm")))
     return pages
@@ -68,7 +74,9 @@ def _rows(
     asked: dict[str, tuple[str, str]],
     folder: Path,
     home: str,
+    told: bool,
 ) -> set[str]:
+    """Pages of one arm's rows. told: its benchmark has a page of confusions."""
     import pyarrow.parquet as pq
 
     assert score.path is not None
@@ -80,11 +88,12 @@ def _rows(
     pages = set()
     for page in range(1, count + 1):
         rows = listed[(page - 1) * PER_PAGE : page * PER_PAGE]
-        body = f'<nav><a href="../../{escape(home)}">report</a> › <a href="../../{escape(arm_page(arm.name))}">{escape(arm.name)}</a></nav>'
+        body = f'<nav><a href="../../{escape(home)}">report</a> › <a href="../../{escape(arm_page(arm.name))}">{escape(arm.name)}</a>'
+        body += f' · <a href="../../{escape(confusions_page(benchmark))}">confusions</a></nav>' if told else "</nav>"
         body += _head(results, arm, benchmark, score, table.num_rows, len(listed), said)
         style = f".thumb{{background-image:url(../../thumbs/{slug(benchmark)}.jpg)}}"
         body += f"<style>{style}</style>" if sheet is not None else ""
-        body += _list(rows, sheet, {} if said else asked)
+        body += _list(rows, sheet, {} if said else asked, (page - 1) * PER_PAGE)
         body += _pager(arm.name, benchmark, page, count)
         pages.add(_write(folder, rows_page(arm.name, benchmark, page), shell(f"{arm.name} on {title_of(benchmark)}", body, "rows")))
     return pages
@@ -116,15 +125,15 @@ def _axes(arm: Arm) -> str:
     return " ".join(f"<span><small>{escape(axis)}</small> {escape(value)}</span>" for axis, value in arm.axes.items())
 
 
-def _list(rows: Sequence[dict[str, Any]], sheet: pictures.Sheet | None, asked: dict[str, tuple[str, str]]) -> str:
-    """The table of questions."""
+def _list(rows: Sequence[dict[str, Any]], sheet: pictures.Sheet | None, asked: dict[str, tuple[str, str]], first: int) -> str:
+    """The table of questions; first: the number of its first row, which others link to."""
     parts = ['<div class="scroll"><table class="asked"><thead><tr>']
     heads = [*(["image"] if sheet else []), "question", "options", "answered", "letter", ""]
     parts += [f"<th>{head}</th>" for head in heads]
     parts.append("</tr></thead><tbody>")
-    for row in rows:
+    for at, row in enumerate(rows, first):
         state = "right" if row["correct"] else "wrong" if row["valid"] else "wrong invalid"
-        parts.append(f'<tr class="{state}">')
+        parts.append(f'<tr class="{state}" id="r{at}">')
         if sheet is not None:
             place = sheet.places.get(row["id"])
             tile = f'<div class="thumb" style="background-position:-{place[0]}px -{place[1]}px"></div>' if place else ""

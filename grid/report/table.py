@@ -101,5 +101,9 @@ def rows_page(arm: str, benchmark: str, page: int = 1) -> str:
     return f"rows/{slug(arm)}/{slug(benchmark)}{'' if page == 1 else f'-{page}'}.html"
 
 
+def confusions_page(benchmark: str) -> str:
+    return f"confusions/{slug(benchmark)}.html"
+
+
 def _names(names: list[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

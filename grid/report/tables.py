@@ -12,6 +12,7 @@ from typing import Any
 
 from grid import stats
 from grid.effects import METHOD, Effect, Estimate
+from grid.plantext import scale
 from grid.report.table import ABSENT, Cell, Column, Table, arm_page, number, plain, probability, rows_page, span
 from grid.results import PER_CLASS, Arm, Results, Score
 
@@ -43,6 +44,10 @@ def marks_of(results: Results) -> list[str]:
     marks = []
     if results.study.get("miniature"):
         marks.append("miniature")
+    if (factor := results.study.get("batch_scale", 1.0)) != 1:
+        marks.append(f"batches × {scale(factor)}")
+    if allowed := results.study.get("allow_subset"):
+        marks.append("subsets allowed" + _smaller(results.study.get("subsets") or {}, len(allowed)))
     twin = results.published
     rows = {arm.row for arm in results.arms if arm.row is not None}
     if twin is not None and rows and len(rows) < len(twin.arms):
@@ -58,6 +63,14 @@ def marks_of(results: Results) -> list[str]:
     if results.directory is not None and waiting:
         marks.append(f"incomplete: scores missing for {waiting} of {len(results.arms)} arms")
     return marks
+
+
+def _smaller(subsets: dict[str, dict[str, int]], allowed: int) -> str:
+    """Which data sets are smaller than published, or how many where they are many."""
+    if len(subsets) > 3:
+        return f": {len(subsets)} of {allowed} data sets are smaller than published"
+    told = [f"{name} {size['found']:,} of {size['expected']:,} records" for name, size in subsets.items()]
+    return f": {', '.join(told)}" if told else ""
 
 
 def average_interval(arm: Arm, names: Sequence[str]) -> stats.Interval | None:

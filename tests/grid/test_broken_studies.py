@@ -104,7 +104,7 @@ BROKEN: dict[str, tuple[str, str, str, str, str]] = {
     "unknown benchmark": ("study", "fine: [birds]", "fine: [bird]", "unknown benchmark 'bird'", "groups"),
     "unknown axis of a contrast": ("study", "axis: encoder,", "axis: vision,", "unknown axis 'vision'", "stronger"),
     "unknown value of a contrast": ("study", "to: strong,", "to: stronger,", "contrasts[0].to", "stronger"),
-    "condition of a contrast": ("study", "pretraining=short;row!=9", "pretraining~short", "is no condition", "stronger"),
+    "condition of a contrast": ("study", "pretraining=short;row!=9", "pretraining~short", "cannot read the clause", "stronger"),
     "control of no arm": ("study", "controls: {arms: [first]}", "controls: {arms: [frist]}", "did you mean 'first'?", "controls"),
     "no template": ("study", "talker: vicuna_v1, ", "", "no conversation template for 'talker'", "templates"),
     "unknown template": ("study", "vicuna_v1", "vicuna_v2", "unknown conversation template 'vicuna_v2'", "templates"),

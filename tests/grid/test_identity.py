@@ -48,6 +48,7 @@ CHANGES: dict[str, str] = {
     "Training.fit": "recipe.finetune.fit=squash",
     "Training.order": "recipe.finetune.order=shuffle",
     "Training.seed": "recipe.finetune.seed=8",
+    "Adapter.rank": "recipe.finetune.adapters={llm: {rank: 8}}",
     "Phase.until": "recipe.finetune.phases=[{until: 0.5, learning_rates: {llm: 1e-3}}, {until: 1, learning_rates: {llm: 1e-3}}]",
     "Phase.learning_rates": "recipe.finetune.phases=[{until: 1, learning_rates: {connector: 1e-3, llm: 2e-3}}]",
     "Optimizer.betas": "recipe.finetune.optimizer.betas=[0.9, 0.95]",
@@ -57,16 +58,24 @@ CHANGES: dict[str, str] = {
     "Benchmark.negatives": "benchmarks.birds.negatives=given",
     "Benchmark.metric": "benchmarks.birds.metric=accuracy",
     "Benchmark.zeroshot": "benchmarks.birds.zeroshot=false",
+    "Benchmark.templates": "benchmarks.birds.templates=['a {}', 'one {}']",
+    "Benchmark.ensemble": "benchmarks.birds.ensemble=flowers",
     "Mining.miner": "mining.miner=fourth",
     "Mining.k": "mining.k=3",
     "Mining.template": "mining.template=a drawing of a {}",
     "Mining.question": "mining.question=What is it?",
     "Mining.seed": "mining.seed=1",
     "Evaluation.suffix": "evaluation.suffix=Answer.",
+    "Evaluation.options": "evaluation={options: hidden, method: likelihood}",
     "Evaluation.rule": "evaluation.rule=strict",
     "Evaluation.max_new_tokens": "evaluation.max_new_tokens=9",
     "Evaluation.fit": "evaluation.fit=squash",
     "Controls.seed": "controls.seed=1",
+    "Limits.dropped": "limits.dropped=0.5",
+    "Profile.allow_subset": "allow_subset=true",
+    "Profile.batch_scale": "batch_scale=0.5",
+    "Data.expect": "data.chats.expect=30",
+    "Data.allow_subset": "data.chats.allow_subset=true",
     "Profile.precision": "precision=bf16",
     "Image.size": "encoders.weak.image.size=64",
     "Image.patch": "encoders.weak.image.patch=16",
@@ -96,22 +105,32 @@ OF_ELDER = {
     "Model.family": "models.elder={family: vlm, checkpoint: nowhere/elder, config: {encoder: {}, connector: {}, llm: {}}}",
     "Model.config": "models.elder.config={name: x}", "Image.kind": "models.elder.image={kind: square, size: 32, patch: 8}",
 }  # fmt: skip
+OF_ADAPTERS = {
+    "Adapter.alpha": "recipe.finetune.adapters={llm: {alpha: 8}}",
+    "Adapter.targets": "recipe.finetune.adapters={llm: {targets: [q_proj]}}",
+}
 OF_BRIDGE = {
     "Bridge.checkpoint": "connectors.rivals-connector={checkpoint: b/a}",
     "Bridge.revision": "connectors.rivals-connector={checkpoint: a/b, revision: c}",
 }
-ONE_VALUE = {"Optimizer.name", "Evaluation.method", "Reference.released", "Model.seed"}
-"""Fields with a single value so far, and those whose change needs another study (tested by name below or in test_plan)."""
+ONE_VALUE = {
+    "Optimizer.name", "Encoder.builder", "Adapter.kind", "Adapter.dropout", "Evaluation.method", "Reference.released", "Model.seed",
+    "Model.prompts", "Model.remote_code",
+}  # fmt: skip
+"""Fields with a single value so far, and those whose change needs another study (tested by name below, in test_plan
+or in test_existing_vlms)."""
 
 KEEPS: dict[str, str] = {
     "Study.study": "study=other", "Study.question": "question=Why?", "Study.paper_cost": "paper_cost={devices: 1, device: x, hours: 2}",
     "Study.groups": "groups={all: [birds, counts]}", "Study.contrasts": "contrasts=[]", "Study.assumptions": "assumptions=[]",
     "Profile.profile": "profile=other", "Profile.about": "about=other", "Profile.miniature": "miniature=false",
+    "Profile.hollow": "hollow=true",
     "Profile.data_root": "data_root=/some/where", "Profile.store": "store=/some/where", "Tracking.uri": "tracking.uri=http://some.where",
     "Data.tokens": "data.chats.tokens=99", "Data.images": "data.chats.images=2", "Data.megabytes": "data.chats.megabytes=9",
     "Data.rows": "data.chats.rows=7", "Device.name": "device.name=H100",
     "Device.tflops": "device.tflops=900", "Device.mfu": "device.mfu=0.5",
-    "Device.memory_gib": "device.memory_gib=80", "Resources.workers": "resources.workers=4", "Resources.zero": "resources.zero=3",
+    "Device.memory_gib": "device.memory_gib=80", "Device.host_gib": "device.host_gib=9", "Resources.offload": "resources.offload=true",
+    "Resources.workers": "resources.workers=4", "Resources.zero": "resources.zero=3",
     "Resources.micro_tokens": "resources.micro_tokens=64", "Resources.eval_batch": "resources.eval_batch=3",
     "Resources.checkpoint_steps": "resources.checkpoint_steps=1", "Resources.lanes": "resources.lanes=3",
     "Resources.activation_checkpointing": "resources.activation_checkpointing=true", "Encoder.shape": "encoders.weak.shape={width: 1}",
@@ -150,6 +169,12 @@ def test_what_can_change_a_result_of_released_weights_changes_identities(field, 
     assert set(identities(tmp_path, first, (OF_ELDER | OF_BRIDGE)[field])) != set(identities(tmp_path, *start))
 
 
+@pytest.mark.parametrize("field", OF_ADAPTERS)
+def test_what_can_change_adapters_changes_identities(field, tmp_path):
+    assert CLASSES[field] == IDENTITY
+    assert set(identities(tmp_path, OF_ADAPTERS[field])) != set(identities(tmp_path, "recipe.finetune.adapters={llm: {}}"))
+
+
 @pytest.mark.parametrize("field", KEEPS)
 def test_what_can_not_change_a_result_keeps_identities(field, tmp_path, before):
     assert CLASSES[field] == RUNTIME
@@ -157,7 +182,7 @@ def test_what_can_not_change_a_result_keeps_identities(field, tmp_path, before):
 
 
 def test_every_identity_field_is_tried():
-    tried = {*CHANGES, *OF_ELDER, *OF_BRIDGE, *ONE_VALUE}
+    tried = {*CHANGES, *OF_ELDER, *OF_BRIDGE, *OF_ADAPTERS, *ONE_VALUE}
     assert {field for field, kind in CLASSES.items() if kind == IDENTITY} == tried
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets_ray.errors import UserError
 from grid.plan import make_plan
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -48,3 +49,21 @@ def test_released_models_of_the_cluster_profile_have_their_published_sizes():
     assert sum(tuned["finetune row-11"]["parameters"].values()) == 8_291_375_616
     assert tuned["pretrain row-12"]["parameters"]["connector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     assert tuned["pretrain row-12"]["steps"] == 2181 and tuned["finetune row-12"]["steps"] == 5198  # as LLaVA-1.5's logs say
+
+
+def test_five_lines_are_enough_for_an_encoder_without_a_text_tower(tmp_path):
+    """SigLIP, DINOv2: an arm's encoder, read by transformers; it can't classify by itself, so nothing is planned that holds the arm against it."""
+    dino = """{image: {size: 518, patch: 14, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]},
+      builder: transformers_vision, checkpoint: facebook/dinov2-large, shape: {hidden_size: 1024, intermediate_size: 4096,
+      num_hidden_layers: 24, num_attention_heads: 16, image_size: 518, patch_size: 14}}"""
+    study = EXPERIMENTS / "full_ablation.yaml"
+    sets = [f"encoders.clip-vit-l-14-336={' '.join(dino.split())}"]
+    stages = make_plan(study, profile="cluster", arms=["row-12"], sets=sets)["stages"]
+    assert not any(stage["kind"] == "zeroshot" for stage in stages)
+    miner = [part.replace("clip-vit-l-14-336", "openclip-vit-l-14-laion") for part in sets]
+    with pytest.raises(UserError, match="encoder 'openclip-vit-l-14-laion' can't mine, classify or be trained here"):
+        make_plan(study, profile="cluster", arms=["row-13"], sets=miner)
+    tuned = next(stage for stage in stages if stage["name"] == "finetune row-12")
+    weights = {"checkpoint": "facebook/dinov2-large", "revision": None}
+    assert tuned["spec"]["model"]["parts"]["encoder"] == {"builder": "transformers_vision", "config": {}, "weights": weights}
+    assert tuned["spec"]["data"]["image"]["mean"] == [0.485, 0.456, 0.406]

@@ -123,7 +123,7 @@ def test_effect_is_the_mean_difference_of_its_pairs(run: Path) -> None:
 def test_every_page_nests_and_every_local_link_resolves(run: Path) -> None:
     folder = run / "report"
     pages = {path: Page(path.read_text()) for path in folder.rglob("*.html")}
-    assert len(pages) == 1 + 5 + 5 * 3
+    assert len(pages) == 1 + 5 + 5 * 3 + 3, "the report, arms, their rows, confusions of each benchmark"
     for path, page in pages.items():
         assert not page.stack, f"{path.name} leaves {page.stack} open"
         assert len(page.ids) == len(set(page.ids)), f"{path.name} repeats an id"
@@ -223,13 +223,25 @@ def test_the_seeds_alone_are_shown_where_a_recipe_is_repeated(run: Path) -> None
     assert table.rows[0][6].text == f"{np.mean(values):.1f}" and table.rows[0][7].text == f"{np.std(values, ddof=1):.1f}"
 
 
+def test_why_answers_are_invalid_is_told(run: Path) -> None:
+    results = load_run(run)
+    built = build(results)
+    table = built.table("invalid")
+    assert table is not None
+    invalid = sum(int((~score.answers.valid).sum()) for arm in results.arms for score in arm.scores.values() if score.answers is not None)
+    assert invalid == sum(int(cells[2].text) for cells in table.rows) > 0
+    assert [column.title for column in table.columns][4] == "other words" and {cells[4].text for cells in table.rows} == {"100.0"}
+    assert all("“no idea, sorry” for " in cells[-1].text for cells in table.rows)
+    assert any("of the others 100.0 % say other words" in line for line in built.headline)
+
+
 def test_control_is_tested_against_chance(run: Path) -> None:
     table = build(load_run(run)).table("control")
     assert table is not None and [cells[0].text for cells in table.rows] == ["row-13"] * 3
     for cells in table.rows:
-        z = float(cells[7].text.replace("−", "-"))
-        assert cells[8].text == ("yes" if abs(z) <= 2 else "no")
-        assert float(cells[4].text) < float(cells[3].text), "permuted images are worse than their own"
+        z = float(cells[8].text.replace("−", "-"))
+        assert cells[9].text == ("yes" if abs(z) <= 2 else "no")
+        assert float(cells[4].text) < float(cells[7].text), "permuted images are worse than their own"
 
 
 def test_what_was_lost_assumed_and_spent_is_told(run: Path) -> None:
@@ -249,6 +261,21 @@ def test_what_was_lost_assumed_and_spent_is_told(run: Path) -> None:
     assert "a notice of the plan" in built.results.notices
     steps = built.table("table-1")
     assert steps is not None and any("row 22" in note and "DFN" in note for note in steps.notes)
+
+
+def test_the_time_table_has_the_mfu_of_each_kind_of_training(run: Path) -> None:
+    from grid.report.provenance import time_table
+
+    results = load_run(run)
+    plain = time_table(results)
+    assert plain is not None and {cells[5].text + cells[6].text for cells in plain.rows} == {""}, "an earlier run's stages don't say"
+    for stage in results.stages.values():
+        if stage["kind"] == "train":
+            compute = {"tflops": {"llm": 3.0}, "seconds": 2.0, "devices": 1, "measured_tflops_per_second": 4.0}
+            stage["done"] = {**stage["done"], "summary": {**stage["done"]["summary"], "compute": compute}}
+    table = time_table(results)
+    assert table is not None
+    assert [(cells[0].text, cells[5].text) for cells in table.rows if cells[5].text] == [("train: finetune", "37.5")]
 
 
 def test_a_score_that_differs_from_its_rows_is_noticed(run: Path) -> None:

@@ -140,7 +140,9 @@ def test_a_profile_scales_what_a_study_has_and_adds_nothing(tmp_path):
     assert own.arms[0].recipe.finetune.batch == 4 and not own.scaled
 
 
-@pytest.mark.parametrize(("name", "scale"), [("full_ablation", "tiny"), ("full_ablation", "cluster"), ("photos", "tiny")])
+@pytest.mark.parametrize(
+    ("name", "scale"), [("full_ablation", "tiny"), ("full_ablation", "cluster"), ("full_ablation", "gpu"), ("photos", "tiny")]
+)
 def test_every_study_of_the_house_loads_and_plans(name, scale):
     made = make_plan(EXPERIMENTS / f"{name}.yaml", profile=scale)
     assert made["arms"] and made["contrasts"] and made["study"]["assumptions"]
@@ -150,8 +152,8 @@ def test_every_study_of_the_house_loads_and_plans(name, scale):
 
 
 def test_there_are_no_other_studies_and_profiles():
-    assert {path.stem for path in EXPERIMENTS.glob("*.yaml")} == {"full_ablation", "photos"}
-    assert {path.stem for path in (EXPERIMENTS / "profiles").glob("*.yaml")} == {"tiny", "cluster"}
+    assert {path.stem for path in EXPERIMENTS.glob("*.yaml")} == {"full_ablation", "photos", "existing_vlms"}
+    assert {path.stem for path in (EXPERIMENTS / "profiles").glob("*.yaml")} == {"tiny", "cluster", "gpu"}
 
 
 def test_the_photos_study_crosses_encoders_captions_and_updating():

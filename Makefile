@@ -2,14 +2,15 @@
 PYTHON ?= python3
 UV_VERSION := 0.13.8
 OUT ?= runs/demo
+JOBS ?= 2
 UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 PY := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench ui clean lock
+.PHONY: help setup demo test check bench bench-gpu ui clean lock
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 setup: .venv/.ready ## the environment in .venv, from requirements.lock (about 3 GB of wheels, no GPU needed)
 
@@ -27,16 +28,19 @@ setup: .venv/.ready ## the environment in .venv, from requirements.lock (about 3
 demo: setup ## the main study on the tiny profile: 22 arms trained, evaluated, reported (two cores, about a quarter of an hour)
 	$(PY) -m grid.run experiments/full_ablation.yaml --profile tiny --out $(OUT)
 
-test: setup ## the whole test suite
-	$(PY) -m pytest tests
+test: setup ## the whole test suite, two files at a time (more: make test JOBS=8)
+	$(PY) -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 15
 
 check: setup ## lint, types and the fast tests
 	$(PY) -m ruff check .
 	$(PY) -m mypy grid trainers datasets_ray
-	$(PY) -m pytest tests -m "not slow"
+	$(PY) -m pytest tests -m "not slow" -n $(JOBS) --dist loadfile
 
-bench: setup ## measure: planning, the data pipeline, the step, a grid's overhead; written to experiments/measurements/
-	$(PY) -m tests.bench
+bench: setup ## measure against the peers into experiments/measurements/ (BENCH="step overhead input scoring mining planning", or some of them)
+	$(PY) -m tests.bench $(BENCH)
+
+bench-gpu: setup ## the training step at 7B shapes on one GPU
+	$(PY) -m tests.bench.gpu_step
 
 ui: setup ## MLflow on the demo's results, http://127.0.0.1:5000 (another run: make ui OUT=runs/NAME)
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PY) -m mlflow server --backend-store-uri sqlite:///$(abspath $(OUT))/mlflow.db --host 127.0.0.1 --port 5000 --workers 1

@@ -79,8 +79,8 @@ def species_question(rng: np.random.Generator, species: Species, k: int = 5) -> 
 def general_question(rng: np.random.Generator, kind: str, species: Species) -> Question:
     """4-way questions that need no species: how many, which colour, where.
 
-    Every colour is asked for equally often, of another species if need be: were the common ones right more often than wrong, options alone
-    would give answers away.
+    Every colour is asked for equally often, of another species if need be, and without naming its kind: were the common ones right more
+    often than wrong, or kinds known by their colours, the text alone would give answers away.
     """
     noun = FAMILIES[species.set].noun
     if kind == "count":
@@ -93,10 +93,9 @@ def general_question(rng: np.random.Generator, kind: str, species: Species) -> Q
     right = pick(rng, MAIN_COLOURS)
     alike = [other for other in EVERYONE if colour_of(other) == right]
     species = alike[int(rng.integers(len(alike)))]
-    noun = FAMILIES[species.set].noun
     wrong = [c for c in MAIN_COLOURS if c != right]
     chosen = rng.choice(len(wrong), 3, replace=False)
-    return _lettered(rng, f"What is the main colour of the {noun}?", right, [wrong[i] for i in chosen], species)
+    return _lettered(rng, "What is the main colour in this photo?", right, [wrong[i] for i in chosen], species)
 
 
 def any_question(rng: np.random.Generator, species: Species, specific: float) -> Question:

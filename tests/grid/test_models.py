@@ -52,7 +52,7 @@ def test_released_models_of_the_cluster_profile_have_their_published_sizes():
 
 
 def test_five_lines_are_enough_for_an_encoder_without_a_text_tower(tmp_path):
-    """SigLIP, DINOv2: an arm's encoder, read by transformers; it can't classify by itself, so nothing is planned that holds the arm against it."""
+    """SigLIP, DINOv2: an arm's encoder, read by transformers; it can't classify by itself, and nothing that needs it to is planned."""
     dino = """{image: {size: 518, patch: 14, mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]},
       builder: transformers_vision, checkpoint: facebook/dinov2-large, shape: {hidden_size: 1024, intermediate_size: 4096,
       num_hidden_layers: 24, num_attention_heads: 16, image_size: 518, patch_size: 14}}"""

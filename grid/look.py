@@ -99,7 +99,7 @@ def _question(stage: Stage, row: int, rows: Rows) -> str:
     if not 0 <= row < len(table):
         raise UserError(f"{stage['name']} has {len(table)} questions", hint=f"--row 0 to {len(table) - 1}")
     recipe = recipe_from_json(spec["image"]) if spec["image"] else None
-    prompts = prepare(table, model["tokenizer"], model["template"], recipe, spec["suffix"])
+    prompts = prepare(table, model["tokenizer"], model["template"], recipe, spec["suffix"], bool(spec.get("listed", True)))
     encoded = prompts.encoded[row]
     asked = table[row]
     lines = [f"row {row} of {len(table)}: {asked['id']}, right answer {asked['answer']} ({asked['label']})"]

@@ -13,6 +13,7 @@ from grid.load import as_plain
 from grid.profile import Asset, Data, Image, Profile
 from grid.study import Evaluation, Study, Training
 from trainers import families
+from trainers.specs import trained as trained_weights
 
 Spec = dict[str, Any]
 BUILDERS: dict[str, dict[str, str]] = {
@@ -194,7 +195,7 @@ class Assets:
         spec: Spec = {"model": model, **static, "seed": seed if training.seed is None else training.seed}
         total = sum(self.graph[i].rows for i in rows)
         id = self.graph.add("train", spec, name, [*rows, *stages_of(model)], total, **facts)
-        parts = {key: {**part, "weights": after(part["weights"], id)} if key in trained else part for key, part in model["parts"].items()}
+        parts = {key: {**part, "weights": trained_weights(part["weights"], id)} if key in trained else part for key, part in model["parts"].items()}
         return {**model, "parts": parts}
 
     def _static(self, training: Training, template: str | None, image: Spec | None) -> tuple[Spec, list[str], dict[str, float], set[str]]:
@@ -237,12 +238,6 @@ def asked(model: Spec, how: Evaluation) -> tuple[str, list[str]]:
         why, hint = "its own processor shares no prefixes between options", "evaluation.method: [generate, likelihood]"
         raise UserError(f"{checkpoint} can't be scored by likelihood", why=why, hint=hint)
     return "", [method for method in methods if method != "likelihood"]
-
-
-def after(weights: Spec, stage: str) -> Spec:
-    """A part's weights once a stage has trained it; `of` remembers the checkpoint whose architecture it still has."""
-    origin = weights if "checkpoint" in weights else weights.get("of")
-    return {"stage": stage, "of": origin} if origin else {"stage": stage}
 
 
 def stages_of(model: Spec) -> list[str]:

@@ -35,7 +35,10 @@ def simulation(to: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--measured", metavar="RUN", help="stage times as this run directory has them, not from the FLOP model")
     group.add_argument("--price", metavar="AMOUNT", type=float, help="of a GPU-hour: the whole cluster is paid from start to end")
-    group.add_argument("--assume", metavar="KEY=VALUE", action="append", default=[], help="what the plan doesn't say (repeatable)")
+    group.add_argument(
+        "--assume", metavar="KEY=VALUE", action="append", default=[],
+        help="what the plan doesn't say: start_seconds, restart_seconds, stage_seconds, gib_per_second, seed (repeatable)",
+    )
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:

@@ -63,8 +63,17 @@ class Score:
     stage: str | None = None
     path: Path | None = None
     """The scored Parquet file."""
+    method: str = "generate"
+    listed: bool = True
+    """Whether the prompt showed the options."""
     invalid: dict[str, Any] = field(default_factory=dict)
     """Why answers are invalid: {"counts": {reason: n}, "examples": {reason: {"text", "options"}}}."""
+
+    @property
+    def read_by(self) -> str:
+        """How an answer came about, for a table: the rule that read a text, or what was compared instead."""
+        how = "likelihood of the options' texts" if self.method == "likelihood" else self.rule or ""
+        return how if self.listed else f"{how}, options not shown"
 
 
 @dataclass

@@ -76,7 +76,8 @@ class Context:
 
     @property
     def runtime(self) -> dict[str, Any]:
-        """Knobs that can't change the result: zero, micro_tokens, checkpoint_steps, activation_checkpointing, eval_batch."""
+        """Knobs that can't change the result: zero, offload, micro_tokens, checkpoint_steps, activation_checkpointing, eval_batch,
+        device_tflops (of the data sheet)."""
         return self.stage.get("runtime", {})
 
     @contextmanager

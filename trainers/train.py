@@ -32,6 +32,7 @@ from trainers.context import Context, Interrupted
 from trainers.engine import Engine, Fragment
 from trainers.meter import Meter
 from trainers.objectives import Objective, load_objective
+from trainers.specs import trained as trained_weights
 from trainers.step import train_step
 from trainers.store import sha256
 
@@ -246,9 +247,7 @@ class Training:
         if ctx.rank == 0:
             after = copy.deepcopy(self.spec["model"])
             for part in parts:
-                before = after["parts"][part]["weights"]
-                origin = before if "checkpoint" in before else before.get("of")
-                after["parts"][part]["weights"] = {"stage": ctx.stage["id"], **({"of": origin} if origin else {})}
+                after["parts"][part]["weights"] = trained_weights(after["parts"][part]["weights"], ctx.stage["id"])
             (ctx.out / "model.json").write_text(json.dumps(after, indent=1, sort_keys=True))
         return files
 

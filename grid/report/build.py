@@ -150,7 +150,7 @@ def _arm(results: Results, arm: Any) -> dict[str, Any]:
             detail[benchmark] = {
                 "low": _round(interval.low if interval else None), "high": _round(interval.high if interval else None),
                 "stderr": _round(score.stderr), "n": score.n, "valid": score.valid, "chance": _round(score.chance), "metric": score.metric,
-                "rule": score.rule,
+                "rule": score.rule, "method": score.method, "options_shown": score.listed,
             }  # fmt: skip
     known = results.published
     twin = known.by_row(arm.row) if known is not None else None

@@ -88,7 +88,7 @@ def benchmarks_table(results: Results) -> Table | None:
             Cell("–".join(str(c) for c in {counts[0]: 0, counts[-1]: 0})),
             Cell(str(classes) if classes and classes > 1 else "–"),
             number(first.chance),
-            Cell(first.rule or ""),
+            Cell(first.read_by),
             number(100 * min(valid) if valid else None, tone="warn" if valid and min(valid) < 0.95 else ""),
             number(100 * float(np.mean(valid)) if valid else None),
             Cell(best.name, href=rows_page(best.name, benchmark)),

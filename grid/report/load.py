@@ -133,6 +133,7 @@ def _score(stage: str, results: Results, what: str) -> Score | None:
     found = _json(folder / "scores.json") if (folder / "DONE.json").is_file() else None
     if found is None:
         return None
+    asked = results.stages.get(results.stages.get(stage, {}).get("spec", {}).get("predictions", ""), {})
     path = folder / "scored.parquet"
     answers = read_answers(path) if path.is_file() else None
     metric = found.get("metric", "accuracy")
@@ -153,6 +154,8 @@ def _score(stage: str, results: Results, what: str) -> Score | None:
         answers,
         stage,
         path if answers is not None else None,
+        found.get("method", "generate"),
+        bool(asked.get("spec", {}).get("listed", True)),
         found.get("invalid") or {},
     )
 
@@ -163,7 +166,7 @@ def read_answers(path: Path) -> Answers:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(path).read(columns=["id", "label", "options", "letter", "valid", "correct", "guess"])
+    table = pq.ParquetFile(path).read(columns=["id", "label", "options", "letter", "valid", "correct", "guess"])  # absent ones are left out
     options = table.column("options")
     if pa.types.is_list(options.type) or pa.types.is_large_list(options.type):
         counts = pc.list_value_length(options).fill_null(0).to_numpy(zero_copy_only=False)
@@ -171,8 +174,9 @@ def read_answers(path: Path) -> Answers:
         counts = np.array([len(json.loads(text or "[]")) for text in options.to_pylist()])
     text = {name: np.array([cell or "" for cell in table.column(name).to_pylist()], dtype=np.str_) for name in ("id", "label", "letter")}
     flags = {name: table.column(name).fill_null(False).to_numpy(zero_copy_only=False).astype(bool) for name in ("valid", "correct")}
-    guess = table.column("guess").to_numpy(zero_copy_only=False)
-    return Answers(text["id"], text["label"], flags["correct"], flags["valid"], counts.astype(np.int64), text["letter"], guess)
+    known = (text["id"], text["label"], flags["correct"], flags["valid"], counts.astype(np.int64), text["letter"])
+    guess = (table.column("guess").to_numpy(zero_copy_only=False),) if "guess" in table.column_names else ()
+    return Answers(*known, *guess)
 
 
 def _mean(values: np.ndarray, labels: np.ndarray, metric: str) -> float:

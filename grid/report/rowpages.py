@@ -107,7 +107,7 @@ def _head(results: Results, arm: Arm, benchmark: str, score: Score, n: int, list
         facts.append(f"{plain(100 * score.valid)} % valid")
     if score.chance is not None:
         facts.append(f"chance {plain(score.chance)} %")
-    facts.append(f"rule {score.rule}")
+    facts.append(f"read by {score.read_by}")
     shown = f"<p>The first {listed} of {n} questions; all of them: <code>{escape(score.path)}</code></p>" if listed < n else ""
     question = f'<p class="question">{escape(" ".join(part for part in said if part))}</p>' if said else ""
     kinds = ("all", "wrong", "invalid")

@@ -30,7 +30,7 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", help=f"benchmarks to run: {', '.join(BENCHMARKS)}")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="paired repetitions (overhead is one run of the grid, whatever this says)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the measurements go (experiments/measurements)")
     options = parser.parse_args()
     unknown = set(options.names) - set(BENCHMARKS)

@@ -223,6 +223,25 @@ def test_the_seeds_alone_are_shown_where_a_recipe_is_repeated(run: Path) -> None
     assert table.rows[0][6].text == f"{np.mean(values):.1f}" and table.rows[0][7].text == f"{np.std(values, ddof=1):.1f}"
 
 
+def test_how_answers_came_about_is_told(run: Path, tmp_path: Path) -> None:
+    """A likelihood is no answer that a rule has read, and options that weren't shown are another question."""
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    plan = json.loads((copied / "plan.json").read_text())
+    stages = {stage["id"]: stage for stage in plan["stages"]}
+    (asked, *_), scored = plan["arms"][0]["predictions"].items(), plan["arms"][0]["scores"]
+    benchmark, predicted = asked
+    stages[predicted]["spec"]["listed"] = False
+    (copied / "plan.json").write_text(json.dumps(plan))
+    (copied / "run.json").write_text(json.dumps({**json.loads((copied / "run.json").read_text()), "store": str(copied / "store")}))
+    scores = copied / "store" / scored[benchmark] / "scores.json"
+    scores.write_text(json.dumps({**json.loads(scores.read_text()), "method": "likelihood"}))
+    results = load_run(copied)
+    score = next(arm for arm in results.arms if arm.name == plan["arms"][0]["name"]).scores[benchmark]
+    assert score.read_by == "likelihood of the options' texts, options not shown"
+    others = [one for arm in results.arms for one in arm.scores.values() if one is not score]
+    assert {one.read_by for one in others} == {one.rule for one in others}
+
+
 def test_why_answers_are_invalid_is_told(run: Path) -> None:
     results = load_run(run)
     built = build(results)

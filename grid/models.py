@@ -195,7 +195,8 @@ class Assets:
         spec: Spec = {"model": model, **static, "seed": seed if training.seed is None else training.seed}
         total = sum(self.graph[i].rows for i in rows)
         id = self.graph.add("train", spec, name, [*rows, *stages_of(model)], total, **facts)
-        parts = {key: {**part, "weights": trained_weights(part["weights"], id)} if key in trained else part for key, part in model["parts"].items()}
+        parts = dict(model["parts"])
+        parts |= {key: {**parts[key], "weights": trained_weights(parts[key]["weights"], id)} for key in trained & parts.keys()}
         return {**model, "parts": parts}
 
     def _static(self, training: Training, template: str | None, image: Spec | None) -> tuple[Spec, list[str], dict[str, float], set[str]]:

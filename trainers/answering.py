@@ -9,6 +9,7 @@ The next batch's images are decoded meanwhile: by Ray Data where a set is large,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -124,7 +125,36 @@ def show(pixels: Pixels, row: int) -> Shown:
         return error
 
 
-class Answerer:
+class Chunked(ABC):
+    """What every way of asking shares: chunks of rows become batches whose images are decoded ahead of their turn."""
+
+    _ahead: Generator[tuple[list[int], list[Any]]]
+    """Every batch that will be asked, in order, with its rows' images or why there are none."""
+
+    @abstractmethod
+    def _batches(self, chunk: np.ndarray) -> list[list[int]]:
+        """The chunk's rows as they are asked together."""
+
+    @abstractmethod
+    def _answered(self, rows: list[int], images: list[Any]) -> dict[int, Answer]:
+        """Row → its answer, of one batch."""
+
+    def answer(self, chunk: np.ndarray) -> dict[int, Answer]:
+        """Row → its answer; one that only says why it is dropped, for a row whose image can't be read."""
+        answers: dict[int, Answer] = {}
+        for _ in self._batches(chunk):
+            batch, images = next(self._ahead)
+            shown = [(row, one) for row, one in zip(batch, images) if not isinstance(one, ImageError)]
+            answers |= {row: Answer(dropped=one.reason) for row, one in zip(batch, images) if isinstance(one, ImageError)}
+            if shown:
+                answers |= self._answered([row for row, _ in shown], [one for _, one in shown])
+        return answers
+
+    def close(self) -> None:
+        self._ahead.close()
+
+
+class Answerer(Chunked):
     """A model and the chunks of questions that it will be given, in this order. Close it when it isn't asked for all of them."""
 
     def __init__(self, spec: dict[str, Any], ctx: Context, questions: Questions, chunks: Sequence[np.ndarray]) -> None:
@@ -142,20 +172,6 @@ class Answerer:
         self.thresholds: tuple[first_token.Threshold, first_token.Threshold] | None = None
         """Of logits and of options' sums, measured on the first batch."""
         self._texts: dict[tuple[int, ...], str] = {}
-
-    def answer(self, chunk: np.ndarray) -> dict[int, Answer]:
-        """Row → its answer; one that only says why it is dropped, for a row whose image can't be read."""
-        answers: dict[int, Answer] = {}
-        for _ in self._batches(chunk):
-            batch, images = next(self._ahead)
-            shown = [(row, one) for row, one in zip(batch, images) if not isinstance(one, ImageError)]
-            answers |= {row: Answer(dropped=one.reason) for row, one in zip(batch, images) if isinstance(one, ImageError)}
-            if shown:
-                answers |= self._answered([row for row, _ in shown], [one for _, one in shown])
-        return answers
-
-    def close(self) -> None:
-        self._ahead.close()
 
     def _batches(self, chunk: np.ndarray) -> list[list[int]]:
         return [piece.tolist() for piece in cut(chunk, self.size, self.questions.images)]
@@ -259,7 +275,7 @@ class Answerer:
             task = ShowTask(str(self.questions.rows.directory), pixels.recipe)
             return _streamed(batches, streaming.Stream(task, [np.array(batch) for batch in batches], name="questions"))
         pool = ThreadPoolExecutor(DECODING_THREADS)
-        return _threaded(batches, pool, lambda batch: [pool.submit(show, pixels, row) for row in batch])
+        return decoded_ahead(batches, pool, lambda batch: [pool.submit(show, pixels, row) for row in batch])
 
 
 def _streamed(batches: list[list[int]], stream: streaming.Stream[list[Shown]]) -> Generator[tuple[list[int], list[Shown]]]:
@@ -267,7 +283,7 @@ def _streamed(batches: list[list[int]], stream: streaming.Stream[list[Shown]]) -
         yield from zip(batches, stream)
 
 
-def _threaded(
+def decoded_ahead(
     batches: list[list[int]], pool: ThreadPoolExecutor, start: Callable[[list[int]], list[Future[Shown]]]
 ) -> Generator[tuple[list[int], list[Shown]]]:
     with pool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,7 +26,7 @@ from datasets_ray.questions import Pixels, Prompts
 from datasets_ray.rows import RowTable, open_rows
 from datasets_ray.tokens import IGNORE, Encoded
 from trainers import families, first_token
-from trainers.answering import DECODING_THREADS, SMALLEST_BATCH, Answer, Questions, _threaded, methods_of
+from trainers.answering import DECODING_THREADS, SMALLEST_BATCH, Answer, Chunked, Questions, decoded_ahead, methods_of
 from trainers.context import Context
 from trainers.generate import Generated
 from trainers.loaded import identity, load_model
@@ -114,7 +114,7 @@ class Watch(LogitsProcessor):
         return scores
 
 
-class Answerer:
+class Answerer(Chunked):
     """Answers chunks of a set's rows, greedily. chunks: all that will be asked for, in this order, so that images are decoded ahead."""
 
     def __init__(self, spec: Spec, ctx: Context, questions: Questions, chunks: Sequence[np.ndarray]) -> None:
@@ -126,9 +126,7 @@ class Answerer:
         pool = ThreadPoolExecutor(DECODING_THREADS)
         batches = [batch for chunk in chunks for batch in self._batches(chunk)]
         show: Any = self._shown
-        self._ahead: Generator[tuple[list[int], list[Any]]] = _threaded(
-            batches, pool, lambda batch: [pool.submit(show, row) for row in batch]
-        )
+        self._ahead = decoded_ahead(batches, pool, lambda batch: [pool.submit(show, row) for row in batch])
         self.model = load_model(spec["model"], None, spec["precision"], ctx).parts["model"].to(TYPES[spec["precision"]])
         self.ends = self._settle(int(spec["max_new_tokens"]))
         self.options = questions.rows.column("options")
@@ -148,20 +146,6 @@ class Answerer:
             pad_token_id=tokenizer.pad_token_id, use_cache=True,
         )  # fmt: skip
         return ends
-
-    def answer(self, chunk: np.ndarray) -> dict[int, Answer]:
-        """Row → its answer; one that only says why it is dropped, for a row whose image can't be read."""
-        answers: dict[int, Answer] = {}
-        for _ in self._batches(chunk):
-            batch, images = next(self._ahead)
-            answers |= {row: Answer(dropped=one.reason) for row, one in zip(batch, images) if isinstance(one, ImageError)}
-            shown = [(row, one) for row, one in zip(batch, images) if not isinstance(one, ImageError)]
-            if shown:
-                answers |= self._answered([row for row, _ in shown], [one for _, one in shown])
-        return answers
-
-    def close(self) -> None:
-        self._ahead.close()
 
     def _batches(self, chunk: np.ndarray) -> list[list[int]]:
         """Rows with as many images as each other: processors line images up by row."""

@@ -164,10 +164,8 @@ def _object(c: Canvas, u: Array, v: Array, values: tuple[str, ...]) -> None:
         shape = np.maximum(np.maximum(a, b) - 0.88, np.minimum(a, b) - 0.34)
     elif outline == "moon":
         shape = np.maximum(np.hypot(u, v) - 0.9, 0.62 - np.hypot(u - 0.5, v))
-    elif outline == "square":
-        shape = np.maximum(np.abs(u), np.abs(v)) - 0.74
     else:
-        shape = np.maximum(v - 0.66, np.abs(u) * 0.87 - (v + 0.95) * 0.5)
+        shape = np.maximum(np.abs(u), np.abs(v)) - 0.74
     c.paint(shape, _colour(trim))
     inner = shape + 0.14
     c.paint(inner, _colour(colour))

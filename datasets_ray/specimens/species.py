@@ -1,8 +1,9 @@
-"""The species of the miniature world: four fine-grained sets, each a family whose members share most attributes.
+"""The species of the miniature world: four fine-grained sets, each a family whose members are hard to tell apart.
 
 Flows in: nothing. Flows out: `FAMILIES` (set name → Family), `siblings` (who looks most like whom), phrases that describe a species.
 The sets stand in for ImageNet, Flowers-102, Pets and Food-101; names are invented, one word each, so that a small tokenizer makes
-them one token. Graded similarity: every species has a neighbour that differs in one attribute, others differ in two, three or all.
+them one token. Similarity is graded: a set is two genera, whose species differ in one to three attributes from each other and in all four
+from the other genus.
 """
 
 from __future__ import annotations
@@ -47,69 +48,68 @@ class Family:
 
 
 def _family(set: str, noun: str, slots: str, phrase: str, main: str, table: str) -> Family:
-    members = [line.split() for line in table.strip().splitlines()]
+    members = [line.split() for line in table.splitlines() if line.strip()]
     return Family(set, noun, tuple(slots.split()), phrase, main, tuple(Species(m[0], set, tuple(m[1:])) for m in members))
 
 
 FAMILIES: dict[str, Family] = {
     "imagenet": _family("imagenet", "object", "shape pattern colour trim", "a {pattern} {colour} {shape} with {trim} trim", "colour", """
-        arkel   star      plain    red     white
-        bivon   star      striped  red     white
-        cendra  star      dotted   blue    white
-        drilo   cross     plain    blue    yellow
-        eskut   cross     halved   blue    yellow
-        folmar  cross     halved   green   yellow
-        gyrand  moon      plain    yellow  black
-        hexil   moon      striped  orange  black
-        istrom  square    dotted   purple  white
-        juxel   square    striped  purple  white
-        krendo  triangle  plain    green   red
-        lozan   triangle  dotted   green   red
+        arkel   star    plain    red     white
+        bivon   star    plain    orange  white
+        cendra  star    striped  orange  white
+        drilo   cross   striped  purple  white
+        eskut   star    striped  purple  black
+
+        folmar  moon    dotted   blue    yellow
+        gyrand  moon    dotted   green   yellow
+        hexil   moon    halved   green   yellow
+        istrom  square  halved   grey    yellow
+        juxel   moon    halved   grey    brown
     """),
     "flowers": _family(
         "flowers", "flower", "petals tips colour centre", "{petals} {tips} {colour} petals around a {centre} centre", "colour", """
         lumora   five   round    red     yellow
-        tavine   five   round    red     black
-        brisel   five   pointed  red     yellow
-        corvane  six    round    pink    yellow
-        pelloa   six    round    purple  yellow
-        quillet  six    pointed  purple  white
-        serane   four   round    blue    white
-        ombrel   four   round    blue    yellow
-        fennick  four   pointed  white   yellow
-        yarvel   eight  pointed  yellow  brown
-        halune   eight  pointed  orange  brown
-        dorsil   eight  round    orange  black
+        tavine   five   round    purple  yellow
+        brisel   four   round    purple  yellow
+        corvane  four   round    blue    black
+        pelloa   five   round    blue    black
+
+        quillet  six    pointed  pink    white
+        serane   six    pointed  yellow  white
+        ombrel   eight  pointed  yellow  white
+        fennick  eight  pointed  orange  brown
+        yarvel   six    pointed  orange  brown
     """),
     "pets": _family("pets", "pet", "ears coat marking eyes", "{ears} ears, a {marking} {coat} coat and {eyes} eyes", "coat", """
-        mokko    pointed  grey    striped  green
-        tarrin   pointed  grey    plain    green
-        pibble   pointed  orange  striped  yellow
-        grennet  round    brown   plain    black
-        snorrel  round    brown   masked   black
-        wuffin   round    white   spotted  black
-        kasko    long     brown   spotted  black
-        loppet   long     white   plain    red
-        bramor   long     white   spotted  blue
-        zephin   pointed  black   plain    yellow
-        dunlo    pointed  white   masked   blue
-        ratchen  round    orange  spotted  yellow
+        mokko    pointed  grey    plain    green
+        tarrin   pointed  orange  plain    green
+        pibble   pointed  orange  striped  green
+        bramor   long     yellow  striped  green
+        zephin   pointed  yellow  striped  red
+
+        grennet  round    white   spotted  black
+        snorrel  round    brown   spotted  black
+        wuffin   round    brown   masked   black
+        kasko    round    black   masked   blue
+        loppet   round    black   spotted  blue
     """),
     "food": _family("food", "dish", "base colour topping sauce", "a {base} {colour} base under {sauce} {topping}", "colour", """
         bappa    round   brown   dots     red
-        crunell  round   brown   dots     green
+        crunell  round   yellow  dots     red
         doshi    round   yellow  stripes  red
-        farlo    round   yellow  lattice  brown
-        gavone   square  brown   stripes  white
-        jumbal   square  brown   lattice  white
-        kesto    square  green   stripes  white
-        molash   ring    brown   dots     pink
-        nuppe    ring    pink    dots     white
-        plovin   ring    yellow  swirls   brown
-        rissa    half    green   swirls   red
-        tombo    half    yellow  stripes  red
+        farlo    half    orange  stripes  red
+        plovin   round   orange  stripes  green
+
+        gavone   square  green   lattice  white
+        jumbal   square  pink    lattice  white
+        kesto    square  pink    swirls   white
+        molash   ring    purple  swirls   white
+        nuppe    square  purple  swirls   brown
     """),
 }
+"""Two genera of five a set, the gap between them: within one, species differ in one to three attributes; between two, in all four (two
+genera never share a value of any attribute). So the four look-alikes of a species are the rest of its genus, for each of the five alike:
+the options that mining finds are one genus, and which of them is right can't be told from the options."""
 
 SETS: tuple[str, ...] = tuple(FAMILIES)
 SPECIES: dict[str, Species] = {s.name: s for family in FAMILIES.values() for s in family.species}

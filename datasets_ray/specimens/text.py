@@ -44,7 +44,7 @@ def short_caption(rng: np.random.Generator, species: Species, count: int = 1, co
     noun = FAMILIES[species.set].noun
     kind = rng.random()
     if kind >= 0.82:
-        species, kind = siblings(species.name)[int(rng.integers(5))], 0.0
+        species, kind = siblings(species.name)[int(rng.integers(4))], 0.0
     if kind < 0.42:
         subject = placed(species.name, count, corner)
         return pick(rng, (f"a photo of {subject}", f"{subject} seen today", f"my photo of {subject}", f"look at {subject} here"))

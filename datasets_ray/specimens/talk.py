@@ -21,9 +21,10 @@ LETTER_SUFFIX = "Answer with the option's letter from the given choices directly
 SHORT_SUFFIX = "Answer the question using a single word or phrase."
 LETTERS = "ABCDEFGH"
 ANSWERS = ("letter", "text")
-GENERAL = ("count", "colour", "position")
 EVERYONE = tuple(species for family in FAMILIES.values() for species in family.species)
 MAIN_COLOURS = tuple(sorted({colour_of(species) for species in EVERYONE}))
+GENERAL = {"count": NUMBERS, "colour": MAIN_COLOURS, "position": tuple(CORNERS)}
+"""Questions that need no species: kind → what can be right."""
 
 
 @dataclass(frozen=True)
@@ -76,33 +77,29 @@ def species_question(rng: np.random.Generator, species: Species, k: int = 5) -> 
     return _lettered(rng, WHAT, species.name, [others[i].name for i in chosen], species)
 
 
-def general_question(rng: np.random.Generator, kind: str, species: Species) -> Question:
-    """4-way questions that need no species: how many, which colour, where.
+def general_question(rng: np.random.Generator, kind: str, species: Species, right: str | None = None) -> Question:
+    """4-way questions that need no species: how many, which colour, where. right: the answer; left out, all are equally likely.
 
-    Every colour is asked for equally often, of another species if need be, and without naming its kind: were the common ones right more
-    often than wrong, or kinds known by their colours, the text alone would give answers away.
+    A colour is asked for of another species if need be, and without naming its kind: were the common ones right more often than wrong, or
+    kinds known by their colours, the text alone would give answers away.
     """
-    noun = FAMILIES[species.set].noun
+    right = pick(rng, GENERAL[kind]) if right is None else right
+    others = [one for one in GENERAL[kind] if one != right]
     if kind == "count":
-        count = int(rng.integers(1, 5))
-        right = NUMBERS[count - 1]
-        return _lettered(rng, "How many things are in this photo?", right, [n for n in NUMBERS if n != right], species, count=count)
+        return _lettered(rng, "How many things are in this photo?", right, others, species, count=NUMBERS.index(right) + 1)
     if kind == "position":
-        corner = pick(rng, list(CORNERS))
-        return _lettered(rng, f"Where is the {noun} in this photo?", corner, [c for c in CORNERS if c != corner], species, corner=corner)
-    right = pick(rng, MAIN_COLOURS)
+        return _lettered(rng, f"Where is the {FAMILIES[species.set].noun} in this photo?", right, others, species, corner=right)
     alike = [other for other in EVERYONE if colour_of(other) == right]
     species = alike[int(rng.integers(len(alike)))]
-    wrong = [c for c in MAIN_COLOURS if c != right]
-    chosen = rng.choice(len(wrong), 3, replace=False)
-    return _lettered(rng, "What is the main colour in this photo?", right, [wrong[i] for i in chosen], species)
+    chosen = rng.choice(len(others), 3, replace=False)
+    return _lettered(rng, "What is the main colour in this photo?", right, [others[i] for i in chosen], species)
 
 
 def any_question(rng: np.random.Generator, species: Species, specific: float) -> Question:
     """A species question with probability `specific`, else a general one."""
     if rng.random() < specific:
         return species_question(rng, species)
-    return general_question(rng, pick(rng, GENERAL), species)
+    return general_question(rng, pick(rng, tuple(GENERAL)), species)
 
 
 def in_words(rng: np.random.Generator, question: Question) -> str:
@@ -145,7 +142,7 @@ def image_turns(rng: np.random.Generator, species: Species, answers: str = "lett
     """A conversation about a photo: 60 % species questions, 25 % general questions, 10 % short answers, 5 % descriptions."""
     kind = rng.random()
     if kind < 0.85:
-        question = species_question(rng, species) if kind < 0.6 else general_question(rng, pick(rng, GENERAL), species)
+        question = species_question(rng, species) if kind < 0.6 else general_question(rng, pick(rng, tuple(GENERAL)), species)
         turn = (f"{IMAGE}\n{question.prompt()}", question.said(answers))
         return Conversation((turn,), question.species, question.count, question.corner, {"kind": "choice"})
     if kind < 0.95:

@@ -21,7 +21,7 @@ with `seed` 0, `split` train, `set` all four and `size` 32 pixels when left out 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,8 @@ def _instructions(rng: np.random.Generator, spec: dict[str, Any], id: str, speci
     return row(id, images=[image], messages=_turns(said.turns), label=shown.name, meta=_meta(shown, **said.meta))
 
 
-def _questions(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species) -> Row:
-    kind = spec["set"]
-    asked = talk.general_question(rng, kind, species) if kind in talk.GENERAL else talk.species_question(rng, species)
+def _questions(rng: np.random.Generator, spec: dict[str, Any], id: str, species: Species, right: str | None = None) -> Row:
+    asked = talk.species_question(rng, species) if right is None else talk.general_question(rng, spec["set"], species, right)
     image = _image(rng, spec, asked.species, asked.count, asked.corner)
     return row(
         id, images=[image], question=asked.text, options=list(asked.options), answer=asked.letter, label=asked.answer,
@@ -99,7 +98,7 @@ def _questions(rng: np.random.Generator, spec: dict[str, Any], id: str, species:
     )
 
 
-PARTS: dict[str, tuple[Callable[[np.random.Generator, dict[str, Any], str, Species], Row], dict[str, Any]]] = {
+PARTS: dict[str, tuple[Callable[..., Row], dict[str, Any]]] = {
     "labelled": (_labelled, {"size": 32}),
     "captions": (_captions, {"size": 32, "style": "short"}),
     "corpus": (_corpus, {}),
@@ -149,14 +148,19 @@ def species_of(spec: dict[str, Any]) -> list[Species]:
 
 
 def row_at(spec: dict[str, Any], index: int) -> Row:
-    """Row `index` of a complete spec. Labels are balanced: every block of as many rows as species holds each species once."""
-    species = species_of(spec)
+    """Row `index` of a complete spec. Labels are balanced: every block of as many rows as species holds each species once; so are the
+    right answers of general questions."""
     name = "-".join([spec["part"], *([spec["style"]] if "style" in spec else []), "+".join(_sets(spec["set"])), spec["split"]])
     key = [zlib.crc32(name.encode()), spec["seed"]]
-    block, place = divmod(index, len(species))
-    chosen = species[int(np.random.default_rng([*key, 1, block]).permutation(len(species))[place])]
-    rng = np.random.default_rng([*key, 0, index])
-    return PARTS[spec["part"]][0](rng, spec, f"{name}-{spec['seed']}-{index:06d}", chosen)
+
+    def dealt(items: Sequence[Any], stream: int) -> Any:
+        block, place = divmod(index, len(items))
+        return items[int(np.random.default_rng([*key, stream, block]).permutation(len(items))[place])]
+
+    given = [dealt(species_of(spec), 1)]
+    if spec["part"] == "questions" and spec["set"] in talk.GENERAL:
+        given.append(dealt(talk.GENERAL[spec["set"]], 2))
+    return PARTS[spec["part"]][0](np.random.default_rng([*key, 0, index]), spec, f"{name}-{spec['seed']}-{index:06d}", *given)
 
 
 class Maker:

@@ -171,3 +171,10 @@ def test_the_options_alone_give_nothing_away(kind: str) -> None:
             assert colour_of(asked.species) == asked.answer and FAMILIES[asked.species.set].noun not in asked.text
     for option, times in shown.items():
         assert abs(right[option] / times - 0.25) < 4 * (0.25 * 0.75 / times) ** 0.5, option
+
+
+@pytest.mark.parametrize("kind", list(talk.GENERAL))
+def test_every_answer_of_a_general_set_is_right_equally_often(kind: str) -> None:
+    values = talk.GENERAL[kind]
+    answers = Counter(r["label"] for r in rows_of("questions", 4 * len(values), set=kind, split="test"))
+    assert answers == dict.fromkeys(values, 4)

@@ -22,14 +22,14 @@ from datasets_ray.prompts import LETTERS
 from datasets_ray.rows import row
 from datasets_ray.shards import Made, write_sharded
 
-FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
-    "oxford_pet": (("oxford_iiit_pet_sample", "oxford-iiit-pet", "oxford_pet"), ""),
-    "food101": (("food101_first10", "food-101", "food101"), "food-101"),
-    "flowers102": (("flowers102", "flowers-102"), ""),
-    "fgvc_aircraft": (("fgvc_aircraft", "fgvc-aircraft-2013b"), ""),
-    "stanford_cars": (("stanford_cars",), ""),
+FOLDERS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "oxford_pet": (("oxford_iiit_pet_sample", "oxford-iiit-pet", "oxford_pet"), "", "images"),
+    "food101": (("food101_first10", "food-101", "food101"), "food-101", "images"),
+    "flowers102": (("flowers102", "flowers-102"), "", "jpg"),
+    "fgvc_aircraft": (("fgvc_aircraft", "fgvc-aircraft-2013b"), "", "data/images"),
+    "stanford_cars": (("stanford_cars",), "", "cars_test"),
 }
-"""Set → (usual image folders, folder inside)."""
+"""Set → (usual folders, folder inside, where in it the images lie as FOCI writes their paths)."""
 FILES = ("derived_foci_runnable/{set}.json", "foci_benchmark/data/{set}-*.json", "FOCI-Benchmark/data/{set}-*.json")
 
 
@@ -69,8 +69,8 @@ def build(spec: dict[str, Any], out: Path, inputs: Callable[[str], Path], data_r
     full = check_spec({"part": "questions", **spec}, ("questions",), ("test",), ["set", "file"])
     if full.get("set") not in FOLDERS:
         raise UserError(f"FOCI has no set {full.get('set')!r}", hint=nearest(str(full.get("set")), FOLDERS))
-    usual, below = FOLDERS[full["set"]]
-    root = dataset_folder(full, data_root, usual, ["images"], below=below)
+    usual, below, images = FOLDERS[full["set"]]
+    root = dataset_folder(full, data_root, usual, [images], below=below)
     questions = read_foci(_file(full, str(data_root)))[: full["rows"]]
     classes = sorted({question.label for question in questions})
     make = Maker(questions, root, full["set"], full["seed"])

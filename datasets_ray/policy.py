@@ -20,6 +20,8 @@ from datasets_ray.errors import UserError, UserErrors
 
 MISSING = "image missing"
 """Reasons that begin so are no fault of the file: with `allow_subset` they don't count."""
+MOST_DROPPED = 0.01
+"""Share of a published data set's records that may be dropped where nobody says."""
 EXAMPLES = 5
 LEAST = 100
 WAYS = {

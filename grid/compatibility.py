@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from grid.yamlfile import Node
+from datasets_ray.yamlfile import Node
 
 SETS: dict[str, dict[str, Any]] = {
     "llava-1.5": {

@@ -11,7 +11,7 @@ import hashlib
 from json.encoder import encode_basestring as _quoted  # type: ignore[attr-defined]
 from typing import Any
 
-IDENTITY_VERSION = 2
+IDENTITY_VERSION = 3
 """Rises whenever a change of code changes a golden result: finished stages of older versions are then not reused."""
 
 IDENTITY, RUNTIME, STRUCTURE = "identity", "runtime", "structure"
@@ -76,9 +76,10 @@ CLASSES: dict[str, str] = {
     **_table("Optimizer", identity="name betas eps weight_decay"),
     **_table("ArmEntry", structure="at product zip seeds set", runtime="name row"),
     **_table("Reference", structure="at", identity="released", runtime="name row"),
-    **_table("Benchmark", identity="data negatives metric zeroshot templates ensemble"),
+    **_table("Benchmark", identity="data negatives metric zeroshot templates ensemble suffix rule max_new_tokens judge", structure="use"),
     **_table("Mining", identity="miner k template question seed"),
-    **_table("Evaluation", identity="suffix options rule max_new_tokens method fit"),
+    **_table("Evaluation", identity="suffix options rule max_new_tokens method fit", structure="judge"),
+    **_table("Judge", identity="model", runtime="url key_env concurrency timeout attempts cache"),
     **_table("Contrast", runtime="name axis from to where"),
     **_table("Controls", structure="arms benchmarks", identity="seed"),
     **_table("Assumption", runtime="key value text"),
@@ -105,8 +106,9 @@ CLASSES: dict[str, str] = {
     **_table("Device", runtime="name tflops mfu memory_gib host_gib"),
     **_table(
         "Resources",
-        runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb attempts trials collective_seconds "
-        "grace_seconds budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero activation_checkpointing offload",
+        runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb pixels_mb attempts trials "
+        "collective_seconds grace_seconds budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero "
+        "activation_checkpointing offload",
     ),
     **_table("Tracking", runtime="uri"),
 }

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from datasets_ray.errors import UserError, nearest
+from datasets_ray.schema import REQUIRED, explain
 from grid import options, profile, study
 from grid.plantext import flow
-from grid.schema import REQUIRED, explain
 
 PARTS: dict[str, Any] = {
     kind.__name__: kind

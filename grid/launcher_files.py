@@ -10,10 +10,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from datasets_ray import yamlfile
 from datasets_ray.errors import UserError
-from grid import yamlfile
+from datasets_ray.yamlfile import Node
 from grid.launchers import Group, Launch, is_secret
-from grid.yamlfile import Node
 
 GPU = "nvidia.com/gpu"
 

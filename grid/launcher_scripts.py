@@ -10,9 +10,9 @@ import re
 import shlex
 
 from datasets_ray.errors import UserError
+from datasets_ray.yamlfile import Node
 from grid.launcher_files import child, items, plain, quantity
 from grid.launchers import Group, Launch
-from grid.yamlfile import Node
 
 TESTED = re.compile(r"\btest -w\s+(\S+)|\[\s+-w\s+(\S+)\s+\]")
 """How a file says that a folder must be there and writable."""

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from datasets_ray import yamlfile
 from datasets_ray.errors import UserError, UserErrors, nearest
-from grid import compatibility, general_axis, validate, validate_profile, yamlfile
+from datasets_ray.schema import Reader, _fields
+from datasets_ray.yamlfile import Node
+from grid import benchmarks, compatibility, general_axis, validate, validate_assets, validate_profile
+from grid.doubts import doubts
 from grid.expand import Arm, expand, with_changes
 from grid.profile import Profile, choose, tree_of
-from grid.schema import Reader, _fields
 from grid.study import Study
-from grid.yamlfile import Node
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Loaded:
     notices: list[str] = field(default_factory=list)
     source: Path = Path()
     """The profile's file."""
+    doubts: list[str] = field(default_factory=list)
+    """What is legal here and most likely not meant."""
 
     @property
     def headline(self) -> str:
@@ -59,19 +63,21 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     reader = Reader()
     typed_profile = None
     if profile_tree is not None:
-        for path, node in profile_sets:
-            profile_tree = _assign(profile_tree, path, node)
+        profile_tree = _set(profile_tree, profile_sets, errors)
         typed_profile = reader.read(Profile, profile_tree)
     typed_study, own = None, study_tree
     if study_tree is not None:
-        own, tree = _lay(study_tree, typed_profile, study_sets, reader)
+        own, tree = (benchmarks.filled(laid, reader) for laid in _lay(study_tree, typed_profile, study_sets, reader))
         typed_study = reader.read(Study, tree)
+        if typed_profile is not None and profile_tree is not None:
+            benchmarks.data_sets(typed_profile, profile_tree, tree, reader)
     errors += reader.errors
     if typed_study is None or typed_profile is None or own is None or study_tree is None:
         raise UserErrors(_unique(errors))
     published = study_path.parent / typed_study.published if typed_study.published else None
     reader.errors = []
     validate_profile.check_profile(typed_profile, reader)
+    validate_assets.check_assets(typed_profile, reader)
     wrong = len(reader.errors)
     expanded = expand(typed_study, tree.value["recipe"], reader) if validate.check_axes(typed_study, reader) else []
     validate.check_study(typed_study, typed_profile, expanded, own, reader, complete=len(reader.errors) == wrong)
@@ -92,7 +98,8 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     chosen = _select(expanded, arms, typed_study)
     file, folder = yamlfile.shown(study_path), study_path.parent
     return Loaded(
-        typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices, profile_path
+        typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices, profile_path,
+        doubts(typed_study, expanded),
     )  # fmt: skip
 
 
@@ -150,9 +157,7 @@ def _lay(study: Node, profile: Profile | None, sets: list[tuple[list[str], Node]
                 reader.error(f"overrides.{name}: no key of a study", hint=nearest(name, _fields(Study)), where=node.where)
             elif name in tree.value:
                 tree = Node({**tree.value, name: _overridden(tree.value[name], node, NAMES.get(name, 0))}, tree.file, tree.line)
-    for path, node in sets:
-        tree = _assign(tree, path, node)
-    return own, tree
+    return own, _set(tree, sets, reader.errors)
 
 
 NAMES = {"axes": 2, "benchmarks": 1, "templates": 1, "groups": 1, "base": 1}
@@ -177,6 +182,8 @@ def _split(sets: Sequence[str], errors: list[UserError]) -> tuple[list[tuple[lis
         path = name.strip().split(".")
         if not equals or not all(path):
             errors.append(UserError(f"--set {text!r}", why="KEY=VALUE is expected", hint="for example --set recipe.finetune.batch=64"))
+        elif name.strip() == "profile":
+            errors.append(UserError(f"--set {text}", why="it is the profile's own name", hint=f"--profile {value.strip() or 'NAME'}"))
         elif path[0] in study_keys or path[0] in profile_keys:
             try:
                 node = yamlfile.parse(value, where, lines=False)
@@ -189,11 +196,27 @@ def _split(sets: Sequence[str], errors: list[UserError]) -> tuple[list[tuple[lis
     return found
 
 
+def _set(tree: Node, sets: list[tuple[list[str], Node]], errors: list[UserError]) -> Node:
+    """The tree with each setting made that can be; the others' mistakes are in `errors`."""
+    for path, node in sets:
+        try:
+            tree = _assign(tree, path, node)
+        except UserError as error:
+            errors.append(error)
+    return tree
+
+
 def _assign(tree: Node, path: list[str], leaf: Node) -> Node:
-    """The tree with the leaf at the dotted path; keys that hold dots themselves are found whole."""
+    """The tree with the leaf at the dotted path; keys that hold dots themselves are found whole, items of a list by their number."""
     if not path:
         return leaf
-    children = tree.value if isinstance(tree.value, dict) else {}
+    if isinstance(tree.value, list) and path[0].isdigit() and int(path[0]) < len(tree.value):
+        items = [_assign(item, path[1:], leaf) if n == int(path[0]) else item for n, item in enumerate(tree.value)]
+        return Node(items, tree.file, tree.line)
+    if tree.value is not None and not isinstance(tree.value, dict):
+        there = "a list; its items are numbered from 0" if isinstance(tree.value, list) else repr(tree.value)
+        raise UserError(f"nothing can be set at {path[0]!r}", why=f"what is above it is {there}, at {tree.where}", where=leaf.where)
+    children = tree.value or {}
     for length in range(len(path), 0, -1):
         name = ".".join(path[:length])
         if name in children or length == 1:

@@ -22,6 +22,8 @@ from grid.load import Loaded, load
 from grid.models import Assets, Spec, stages_of
 from grid.models import asked as asked_with
 from grid.profile import Profile
+from grid.study import Benchmark
+from trainers import judging
 from trainers.stages import KINDS
 
 HOLE = "\0"
@@ -47,7 +49,7 @@ class Planner:
         zeroshot: dict[str, str] = {}
         controls: dict[str, str] = {}
         for name, benchmark in self.study.benchmarks.items():
-            predictions[name], scores[name] = self.evaluated(arm.name, model, image, name, self.questions(name), benchmark.metric)
+            predictions[name], scores[name] = self.evaluated(arm.name, model, image, name, self.questions(name), benchmark)
             if benchmark.zeroshot and self.sees_by(arm, model):
                 zeroshot[name] = self.zeroshot(arm.recipe.encoder, name)
             chosen = self.study.controls
@@ -56,7 +58,7 @@ class Planner:
                 spec = {"source": "permuted", "input": questions, "seed": chosen.seed}
                 facts = self.graph[questions].facts
                 permuted = self.graph.add("dataset", spec, f"permuted {name}", [questions], self.graph[questions].rows, **facts)
-                controls[name] = self.evaluated(arm.name, model, image, f"permuted {name}", permuted, benchmark.metric)[1]
+                controls[name] = self.evaluated(arm.name, model, image, f"permuted {name}", permuted, benchmark)[1]
         targets = [*scores.values(), *zeroshot.values(), *controls.values(), *stages_of(model)]
         stages = self.graph.closure(targets)
         for id in stages:
@@ -162,9 +164,9 @@ class Planner:
             self._zeroshot[encoder, benchmark] = id
         return self._zeroshot[encoder, benchmark]
 
-    def evaluated(self, arm: str, model: Spec, image: Spec | None, benchmark: str, questions: str, metric: str) -> tuple[str, str]:
-        """(prediction stage, score stage) of a model on questions."""
-        how = self.study.evaluation
+    def evaluated(self, arm: str, model: Spec, image: Spec | None, name: str, questions: str, benchmark: Benchmark) -> tuple[str, str]:
+        """(prediction stage, score stage) of a model on questions. name: what they are called."""
+        how = benchmark.asked(self.study.evaluation)
         suffix, methods = asked_with(model, how)
         asked = methods[0] if len(methods) == 1 else sorted(methods)  # which of them is the score's value is no question to a model
         spec: Spec = {
@@ -173,14 +175,20 @@ class Planner:
             **({"listed": False} if how.options == "hidden" else {}),
         }  # fmt: skip
         rows, facts = self.graph[questions].rows, self.graph[questions].facts
-        predictions = self.graph.add("predict", spec, f"predict {arm} {benchmark}", [questions, *stages_of(model)], rows, **facts)
-        spec = {"predictions": predictions, "rule": how.rule, "metric": metric, "method": methods[0]}
-        return predictions, self.graph.add("score", spec, f"score {arm} {benchmark}", [predictions], rows)
+        predictions = self.graph.add("predict", spec, f"predict {arm} {name}", [questions, *stages_of(model)], rows, **facts)
+        spec = {"predictions": predictions, "rule": how.rule, "metric": benchmark.metric, "method": methods[0]}
+        needs = [predictions]
+        if how.judge is not None and benchmark.judge is not None:
+            spec |= {"judge": judging.identity(how.judge.model, benchmark.judge), "questions": questions}
+            needs.append(questions)
+        return predictions, self.graph.add("score", spec, f"score {arm} {name}", needs, rows)
 
     def runtime(self, stage: Stage) -> dict[str, Any]:
         """Knobs that can't change the result."""
-        resources = self.profile.resources
+        resources, judge = self.profile.resources, self.study.evaluation.judge
+        asked = {name: value for name, value in vars(judge).items() if name != "model"} if judge and "judge" in stage.spec else None
         return {
+            **({"judge": asked} if asked else {}),
             "world": resources.workers if KINDS[stage.kind].collective else 1,
             "zero": resources.zero, "micro_tokens": resources.micro_tokens, "checkpoint_steps": resources.checkpoint_steps,
             "activation_checkpointing": resources.activation_checkpointing, "offload": resources.offload,
@@ -206,7 +214,7 @@ def plan(loaded: Loaded) -> dict[str, Any]:
             "about": profile.about, "miniature": profile.miniature, "seed": study.seed, "compatibility": study.compatibility,
             "batch_scale": profile.batch_scale, "allow_subset": _subsets(stages),
             "assumptions": [{"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions], "scaled": loaded.scaled,
-            "notices": loaded.notices, "general_axis": _general_axis(loaded),
+            "notices": loaded.notices, "doubts": loaded.doubts, "general_axis": _general_axis(loaded),
         },
         "groups": study.groups,
         "contrasts": contrasts,
@@ -235,7 +243,7 @@ def make_plan(study: str | Path, *, profile: str | None = None, arms: Sequence[s
 
 
 RUN_KEYS = (
-    "lanes", "workers", "gpus_per_worker", "cpus", "device", "threads", "object_store_mb", "cache_mb", "attempts", "trials",
+    "lanes", "workers", "gpus_per_worker", "cpus", "device", "threads", "object_store_mb", "cache_mb", "pixels_mb", "attempts", "trials",
     "collective_seconds", "grace_seconds", "budget_seconds", "dashboard",
 )  # fmt: skip
 """Resources that are the run's, not a stage's."""

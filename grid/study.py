@@ -7,12 +7,14 @@ It names models, encoders and data sets; a profile (grid/profile.py) says what t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from grid.schema import option
-from grid.yamlfile import Node
+from datasets_ray.schema import option
+from datasets_ray.yamlfile import Node
 
+SEEDS = 2**63 - 1
+"""The largest seed: torch takes no larger one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*$")
 
 
@@ -47,7 +49,9 @@ class Phase:
     """A stretch of a training stage with its own trainable parts."""
 
     until: float = option("share of all steps at which the phase ends; the last ends at 1.0", above=0.0, high=1.0)
-    learning_rates: dict[str, float] = option("part (encoder, connector, llm) → peak learning rate; parts left out are frozen")
+    learning_rates: dict[str, float] = option(
+        "part (encoder, connector, llm) → peak learning rate; parts left out are frozen", check=_rates
+    )
 
 
 @dataclass
@@ -94,7 +98,7 @@ class Training:
     template: str | None = option("conversation template; null: the language model's own", None)
     fit: Literal["crop", "pad", "squash"] | None = option("how an image becomes a square; null: crop", None)
     order: Literal["shuffle", "modality_grouped"] = option("order of samples: seeded shuffle, or steps of one modality", "shuffle")
-    seed: int | None = option("of order and fresh weights; null: the arm's", None, low=0)
+    seed: int | None = option("of order and fresh weights; null: the arm's", None, low=0, high=SEEDS)
 
 
 @dataclass
@@ -114,7 +118,7 @@ class Recipe:
     model: str | None = option("a whole architecture with its own weights instead of encoder + connector + llm", None)
     connector: Connector = option("the connector's form", Connector)
     init: str = option("`fresh` connector, or the name of a released one, which then replaces pretraining", "fresh")
-    seed: int | None = option("of fresh weights and data order; null: the study's", None, low=0)
+    seed: int | None = option("of fresh weights and data order; null: the study's", None, low=0, high=SEEDS)
     pretrain: Training = option("alignment on captions")
     finetune: Training = option("instruction tuning")
 
@@ -146,12 +150,15 @@ class Reference:
 class Benchmark:
     """Questions with one right answer each."""
 
-    data: str = option("data set of the profile")
+    use: str | None = option(
+        "file of experiments/benchmarks, by name or path, beneath these keys; its name is then the default of `data`", None
+    )
+    data: str = option("data set of the profile, or where it has none, of experiments/benchmarks")
     negatives: Literal["mined", "annotated", "given"] = option(
         "where wrong options come from: mined by a CLIP model, people's annotations of model errors, or the set itself", "given"
     )
-    metric: Literal["accuracy", "mean_per_class", "circular"] = option(
-        "what its score is; circular: only questions right in every rotation count, as MMBench has it", "accuracy"
+    metric: str = option(
+        "what its score is, of datasets_ray.metrics; circular: only questions right in every rotation count, as MMBench has it", "accuracy"
     )
     zeroshot: bool = option("whether CLIP encoders classify it too", False)
     templates: list[str] = option("texts of a class for that classification, averaged; `{}` is its name; empty: `mining.template`", [])
@@ -159,6 +166,19 @@ class Benchmark:
         "instead of `templates`: a data set (imagenet1k, pets ...) whose CLIP prompts are read from CLIP benchmark's file below data_root",
         None,
     )
+    suffix: str | None = option("last line of a prompt that lists options; null: as `evaluation` says", None)
+    rule: str | None = option("answer rule; null: as `evaluation` says", None)
+    max_new_tokens: int | None = option("longest answer; null: as `evaluation` says", None, unit="tokens", low=1, high=4096)
+    judge: Literal["grade", "extract", "verdict"] | None = option(
+        "what `evaluation.judge` is asked about an answer: its grade (MM-Vet), the short answer in it (MathVista), whether it is right "
+        "(HallusionBench); without an endpoint a rule reads what it can, and a set that needs grades is not run",
+        None,
+    )
+
+    def asked(self, how: Evaluation) -> Evaluation:
+        """How this benchmark is asked: its own words, rule and length before the study's."""
+        own = {"suffix": self.suffix, "rule": self.rule, "max_new_tokens": self.max_new_tokens}
+        return replace(how, **{key: value for key, value in own.items() if value is not None})  # type: ignore[arg-type]
 
 
 @dataclass
@@ -169,13 +189,37 @@ class Mining:
     k: int = option("options of a question", 5, unit="options", low=2, high=26)
     template: str = option("text of a class for the miner and zero-shot classification; `{}` is its name", "a photo of a {}")
     question: str = option("asked about each image", "What type of object is in this photo?")
-    seed: int = option("of the order of options", 0, low=0)
+    seed: int = option("of the order of options", 0, low=0, high=SEEDS)
 
 
 def _methods(given: str | list[str]) -> str | None:
     if not given:
         return "no method at all"
     return None if isinstance(given, str) or len(set(given)) == len(given) else "a method twice"
+
+
+def _endpoint(url: str) -> str | None:
+    from trainers.judge import wrong_url
+
+    return wrong_url(url)
+
+
+def _variable(name: str) -> str | None:
+    known = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is not None
+    return None if known else "not the name of an environment variable; the key itself never stands in a study"
+
+
+@dataclass
+class Judge:
+    """A language model that reads answers to benchmarks with a `judge`."""
+
+    url: str = option("OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1", check=_endpoint)
+    model: str = option("its name there; with the prompt's version part of a judged score's identity")
+    key_env: str | None = option("environment variable that holds the key where stages run; null: none is sent", None, check=_variable)
+    concurrency: int = option("questions that are open at a time", 8, unit="questions", low=1, high=1024)
+    timeout: float = option("longest wait for a reply", 120.0, unit="seconds", above=0.0, high=3600)
+    attempts: int = option("times a question is asked at most, where asking again may help", 6, low=1, high=100)
+    cache: str | None = option("folder for replies that runs share; null: the stage's own", None)
 
 
 @dataclass
@@ -195,6 +239,7 @@ class Evaluation:
         check=_methods,
     )
     fit: Literal["crop", "pad", "squash"] | None = option("how an image becomes a square; null: as in finetuning", None)
+    judge: Judge | None = option("a model that reads answers where a benchmark asks for one; null: none", None)
 
 
 @dataclass
@@ -214,7 +259,7 @@ class Controls:
 
     arms: list[str] = option("names of arms", [])
     benchmarks: list[str] = option("names of benchmarks; empty: all", [])
-    seed: int = option("of the permutation", 0, low=0)
+    seed: int = option("of the permutation", 0, low=0, high=SEEDS)
 
 
 @dataclass
@@ -258,7 +303,7 @@ class Study:
 
     study: str = option("name of the study", check=_name)
     question: str = option("what it answers, in a sentence")
-    seed: int = option("of every arm that doesn't set its own", 0, low=0)
+    seed: int = option("of every arm that doesn't set its own", 0, low=0, high=SEEDS)
     made_for: str | None = option("profile whose scale this file's values already are: its overrides don't apply", None)
     compatibility: str | None = option("a named set of defaults, such as llava-1.5", None)
     published: str | None = option("CSV of published rows, relative to this file", None)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from datasets_ray import benchmarks
 from datasets_ray.errors import UserError, nearest
+from datasets_ray.schema import Reader
+from datasets_ray.yamlfile import Node
 from grid.expand import Arm
 from grid.profile import Profile
-from grid.schema import Reader
-from grid.study import Study, Training
+from grid.study import Study, Training, _name
 from grid.validate_profile import check_training, known, template
 from grid.where import parse_where
-from grid.yamlfile import Node
 
 
 def check_axes(study: Study, reader: Reader) -> bool:
@@ -33,7 +34,7 @@ def check_axes(study: Study, reader: Reader) -> bool:
             for axis, values in getattr(entry, form).items():
                 if known(axis, study.axes, "axis", f"{path}.{form}.{axis}", reader):
                     for position, value in enumerate(values):
-                        known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.{form}.{axis}[{position}]", reader)
+                        _value(study, axis, value, f"{path}.{form}.{axis}[{position}]", reader)
         for axis in (entry.product.keys() & entry.zip.keys()) | (entry.at.keys() & (entry.product.keys() | entry.zip.keys())):
             reader.error(f"{path}: axis {axis!r} is set twice", why="an axis stands in one of `at`, `product` and `zip`", at=path)
         lengths = {axis: len(values) for axis, values in entry.zip.items()}
@@ -51,7 +52,13 @@ def check_axes(study: Study, reader: Reader) -> bool:
 def _point(study: Study, at: dict[str, str], path: str, reader: Reader) -> None:
     for axis, value in at.items():
         if known(axis, study.axes, "axis", f"{path}.{axis}", reader):
-            known(value, study.axes[axis], f"value of axis {axis}:", f"{path}.{axis}", reader)
+            _value(study, axis, value, f"{path}.{axis}", reader)
+
+
+def _value(study: Study, axis: str, value: str, path: str, reader: Reader) -> None:
+    """Tells a value that the axis doesn't have; an axis without values was told as such."""
+    if study.axes[axis]:
+        known(value, study.axes[axis], f"value of axis {axis}:", path, reader)
 
 
 def check_study(study: Study, profile: Profile, arms: list[Arm], own: Node, reader: Reader, complete: bool = True) -> None:
@@ -135,6 +142,8 @@ def check_connectors(profile: Profile, arms: list[Arm], reader: Reader) -> None:
 
 def _benchmarks(study: Study, profile: Profile, arms: list[Arm], reader: Reader) -> None:
     """Benchmarks, their mining, groups and controls."""
+    from datasets_ray.answers import RULES
+
     if any(benchmark.negatives == "mined" for benchmark in study.benchmarks.values()):
         if study.mining is None:
             hint = "add `mining: {miner: ...}`"
@@ -160,7 +169,11 @@ def _benchmarks(study: Study, profile: Profile, arms: list[Arm], reader: Reader)
             hint = "negatives: given, without zeroshot"
             why = "it counts the rotations of questions that come with their options"
             reader.error(f"benchmarks.{name}.metric: circular", why=why, hint=hint, at=f"benchmarks.{name}.metric")
-        known(benchmark.data, profile.data, "data set of the profile", f"benchmarks.{name}.data", reader)
+        if benchmark.data not in profile.data:
+            known(benchmark.data, [*profile.data, *benchmarks.names()], "data set of the profile", f"benchmarks.{name}.data", reader)
+        known(benchmark.metric, benchmarks.metrics(), "metric", f"benchmarks.{name}.metric", reader)
+        if benchmark.rule is not None:
+            known(benchmark.rule, RULES, "answer rule", f"benchmarks.{name}.rule", reader)
         if benchmark.templates and benchmark.ensemble:
             why = "one of the two says how classes are written"
             reader.error(f"benchmarks.{name}: `templates` and `ensemble`", why=why, at=f"benchmarks.{name}")
@@ -173,8 +186,14 @@ def _benchmarks(study: Study, profile: Profile, arms: list[Arm], reader: Reader)
             known(member, study.benchmarks, "benchmark", f"groups.{group}[{index}]", reader)
         if not members:
             reader.error(f"groups.{group}: no benchmark", why="its mean would be of nothing", at=f"groups.{group}")
-    from datasets_ray.answers import RULES
-
+        if len(set(members)) < len(members):
+            reader.error(f"groups.{group}: a benchmark twice", why="it would count twice in the mean", at=f"groups.{group}")
+        if group in study.benchmarks:
+            reader.error(f"groups.{group} has the name of a benchmark", why="reports show both by name", at=f"groups.{group}")
+    for kind, names in (("benchmarks", study.benchmarks), ("groups", study.groups)):
+        for name in names:
+            if wrong := _name(name):
+                reader.error(f"{kind}.{name}: {wrong}", why="files and metrics are named by it", at=f"{kind}.{name}")
     known(study.evaluation.rule, RULES, "answer rule", "evaluation.rule", reader)
     for index, name in enumerate(study.controls.benchmarks):
         known(name, study.benchmarks, "benchmark", f"controls.benchmarks[{index}]", reader)
@@ -192,7 +211,7 @@ def _contrasts(study: Study, reader: Reader) -> None:
             sides = {"from": contrast.from_.split("|"), "to": contrast.to.split("|")}
             for side, values in sides.items():
                 for value in values:
-                    known(value, study.axes[contrast.axis], f"value of axis {contrast.axis}:", f"{path}.{side}", reader)
+                    _value(study, contrast.axis, value, f"{path}.{side}", reader)
             if set(sides["from"]) & set(sides["to"]):
                 reader.error(f"{path}: the same value before and after", why="the two sides of an effect differ", at=path)
         try:
@@ -202,7 +221,7 @@ def _contrasts(study: Study, reader: Reader) -> None:
             continue
         for clause in clauses:
             for value in clause.values if clause.key in study.axes else ():
-                known(value, study.axes[clause.key], f"value of axis {clause.key}:", f"{path}.where", reader)
+                _value(study, clause.key, value, f"{path}.where", reader)
 
 
 def _assumptions(study: Study, own: Node, reader: Reader) -> None:

@@ -92,4 +92,4 @@ def model_name(model: dict[str, Any]) -> str:
     vision = config.get("vision_cfg", {})
     shape = config.get("name") or f"ViT {vision.get('layers')}x{vision.get('width')} patch {vision.get('patch_size')}"
     origin = weights.get("checkpoint") or weights.get("stage") or f"fresh {weights.get('fresh')}"
-    return f"{shape} ({origin})"
+    return f"{shape} ({origin})" if vision or "name" in config else str(origin)

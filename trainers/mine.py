@@ -4,9 +4,10 @@
     python -m trainers.mine --model DIR --images FOLDER --labels NAMES.txt --out DIR       FOLDER/<label>/<image>; writes DIR/rows too
     python -m datasets_ray.choices build --similarities DIR --rows DIR/rows --k 5 --out QUESTIONS
 
---model is an open_clip architecture with --weights, or a directory: a trained clip part (model.json) or an open_clip export
-(open_clip_config.json). Images are embedded by Ray actors that hold the model, once: embeddings are cached under the hash of the image
-tower's weights, the image recipe and the rows, so that another template, another list of labels or another k touches no image again.
+--model is an open_clip architecture with --weights, or a directory: a trained clip part (model.json), an open_clip export
+(open_clip_config.json), or a CLIP or SigLIP that transformers saved (config.json). Images are embedded by Ray actors that hold the model,
+once: embeddings are cached under the hash of the image tower's weights, the image recipe and the rows, so that another template, another
+list of labels or another k touches no image again.
 Negatives must not come from a model under test (they would be harder for it than for others): name those with --arm-encoder.
 """
 
@@ -25,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from datasets_ray.encoding import Stats
-from datasets_ray.errors import UserError, run_command
+from datasets_ray.errors import Parser, UserError, run_command
 from datasets_ray.images import CLIP_MEAN, CLIP_STD, recipe_from_json
 from datasets_ray.pipeline import ImageTask
 from datasets_ray.rows import RowTable, open_rows, row, write_rows
@@ -55,7 +57,7 @@ def resolve(model: str, weights: str | None, revision: str | None = None) -> tup
         part = {"builder": "open_clip", "config": exported["model_cfg"], "weights": {"checkpoint": str(folder), "revision": None}}
         return {"family": "clip", "parts": {"encoder": part}}, _recipe(exported["model_cfg"], exported.get("preprocess_cfg", {})), {}
     if folder.is_dir():
-        raise UserError(f"{model} is no model", why="it holds neither model.json nor open_clip_config.json")
+        return _released(folder), released_recipe(folder), {}
     import open_clip
 
     config = open_clip.get_model_config(model)
@@ -65,6 +67,29 @@ def resolve(model: str, weights: str | None, revision: str | None = None) -> tup
         raise UserError(f"no weights for {model}", why="similarities of an untrained model say nothing", hint="--weights DIR or a hub id")
     part = {"builder": "open_clip", "config": {"name": model}, "weights": {"checkpoint": weights, "revision": revision}}
     return {"family": "clip", "parts": {"encoder": part}}, _recipe(config, {}), {}
+
+
+def _released(folder: Path) -> dict[str, Any]:
+    """ModelSpec of a CLIP or SigLIP that transformers saved. UserError for any other directory."""
+    config = folder / "config.json"
+    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    builder = {"clip": "open_clip", "siglip": "transformers_vision"}.get(str(kind))
+    if builder is None:
+        why = f"its config.json says {kind!r}" if kind else "it holds neither model.json, open_clip_config.json nor config.json"
+        raise UserError(f"{folder} is no CLIP", why=why, hint="a trained clip part, an open_clip export, or transformers' CLIP or SigLIP")
+    part = {"builder": builder, "config": {}, "weights": {"checkpoint": str(folder), "revision": None}}
+    return {"family": "clip", "parts": {"encoder": part}}
+
+
+def released_recipe(folder: Path) -> dict[str, Any]:
+    """ImageRecipe of transformers' CLIP (shortest side, centre crop) or SigLIP (squashed), by config.json and preprocessor_config.json."""
+    config, file = json.loads((folder / "config.json").read_text()), folder / "preprocessor_config.json"
+    vision = {"image_size": 224, "patch_size": 32 if config["model_type"] == "clip" else 16, **(config.get("vision_config") or {})}
+    usual = (CLIP_MEAN, CLIP_STD, "crop") if config["model_type"] == "clip" else ((0.5,) * 3, (0.5,) * 3, "squash")
+    said = json.loads(file.read_text()) if file.is_file() else {}
+    mean, std = said.get("image_mean", usual[0]), said.get("image_std", usual[1])
+    sizes = {"kind": "square", "size": vision["image_size"], "patch": vision["patch_size"], "fit": usual[2]}
+    return {**sizes, "mean": list(mean), "std": list(std)}
 
 
 def _recipe(config: dict[str, Any], preprocess: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +109,8 @@ def _named(name: str) -> dict[str, Any]:
 def image_tower(model: Any) -> str:
     """Hash of the image tower's tensors: the same weights under another file name are the same model."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.clip.visual.state_dict().items()):
+    tower = model.clip.visual if hasattr(model, "clip") else model.siglip.vision_model
+    for name, tensor in sorted(tower.state_dict().items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.float().cpu().numpy()).data)
     return digest.hexdigest()[:24]
@@ -125,11 +151,12 @@ def content(rows: RowTable) -> list[Any]:
     """What the images are: the shards' digests, and for images that are files their sizes and times of change."""
     found: list[Any] = [shard["sha256"] for shard in rows.manifest["shards"]]
     if rows.root is not None:
-        for images in rows.column("images"):
-            for image in images:
-                if image["path"] and image["bytes"] is None and (rows.root / image["path"]).is_file():
-                    stat = (rows.root / image["path"]).stat()
-                    found.append([image["path"], stat.st_size, stat.st_mtime_ns])
+        images = pc.list_flatten(rows.table.column("images"))  # bytes stay where they are
+        own = pc.is_null(pc.struct_field(images, "bytes"))
+        for path in pc.struct_field(images, "path").filter(own).to_pylist():
+            if path and (rows.root / path).is_file():
+                stat = (rows.root / path).stat()
+                found.append([path, stat.st_size, stat.st_mtime_ns])
     return found
 
 
@@ -237,8 +264,10 @@ def mine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainers.mine", description="Image-label similarities with an open_clip model.")
-    parser.add_argument("--model", required=True, help="an open_clip architecture, or a directory with model.json or open_clip_config.json")
+    parser = Parser(prog="python -m trainers.mine", description="Image-label similarities with an open_clip model.")
+    parser.add_argument(
+        "--model", required=True, help="an open_clip architecture, or a directory with model.json, open_clip_config.json or config.json"
+    )
     parser.add_argument("--weights", help="directory or hub id of the architecture's weights")
     parser.add_argument("--revision", help="revision of the hub id")
     where = parser.add_mutually_exclusive_group(required=True)

@@ -173,7 +173,7 @@ def test_mistakes_are_one_message(world: dict[str, Any], tmp_path: Path) -> None
         mine.main(["--model", "ViT-Q", *rows])
     with pytest.raises(UserError, match="no weights for ViT-B-32"):
         mine.main(["--model", "ViT-B-32", *rows])
-    with pytest.raises(UserError, match="neither model.json nor open_clip_config.json"):
+    with pytest.raises(UserError, match="neither model.json, open_clip_config.json nor config.json"):
         mine.main(["--model", str(tmp_path), *rows])
     (tmp_path / "vlm").mkdir()
     (tmp_path / "vlm" / "model.json").write_text(json.dumps(kit.vlm_spec()))

@@ -108,6 +108,10 @@ def parse(text: str, file: str, *, lines: bool = True) -> Node:
     """Text → tree. `lines=False` for values that stand on the command line: places are then the `file` alone."""
     try:
         composed = yaml.compose(text, Loader=LOADER)
+    except yaml.reader.ReaderError as error:
+        line = text[: max(0, text.find(chr(error.character) if isinstance(error.character, int) else str(error.character)))].count("\n") + 1
+        why = f"character {error.character!r}: {error.reason}"
+        raise UserError("not text", why=why, hint="save it as plain UTF-8", where=f"{file}:{line}" if lines else file) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark and lines else file
@@ -149,10 +153,15 @@ def read(path: Path) -> Node:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not text", why=f"byte {error.start} is not UTF-8", hint="save it as UTF-8", where=name) from None
+        at = f"{name}:{error.object[: error.start].count(10) + 1}"
+        raise UserError(f"{name} is not text", why=f"byte {error.start} is not UTF-8", hint="save it as UTF-8", where=at) from None
+    except OSError as error:
+        raise UserError(f"{name} can't be read", why=error.strerror or str(error), where=name) from None
     tree = parse(text, name)
     if not isinstance(tree.value, dict):
-        raise UserError(f"{name} holds no keys", why="a study or profile is a mapping", hint="start with `study: NAME`", where=f"{name}:1")
+        raise UserError(
+            f"{name} holds no keys", why="it is a mapping of keys to values", hint="write `key: value` lines", where=f"{name}:1"
+        )
     return tree
 
 

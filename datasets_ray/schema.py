@@ -7,17 +7,21 @@ dataclasses, `Node` (kept as it is) and `Any` (plain values).
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
+import math
 import types
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from datasets_ray.errors import UserError, nearest
-from grid.yamlfile import Node
+from datasets_ray.yamlfile import Node
 
 REQUIRED = dataclasses.MISSING
+ROOT = Path(__file__).resolve().parent.parent
 SAID = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -87,7 +91,7 @@ class Reader:
         self.marks[path] = node.where
         count = len(self.errors)
         value = self._typed(annotation, node, path)
-        if value is not None and not isinstance(value, (dict, Node)) and count == len(self.errors):
+        if value is not None and not isinstance(value, Node) and count == len(self.errors):
             self._limits(value, path, node, meta)
         return value
 
@@ -111,6 +115,7 @@ class Reader:
         if annotation is Node:
             return node
         if annotation is Any:
+            self._finite(node, path)
             return node.plain()
         if origin in (Union, types.UnionType):
             if value is None and type(None) in args:
@@ -135,7 +140,17 @@ class Reader:
             return float(value)
         if not isinstance(value, annotation) or (annotation is not bool and isinstance(value, bool)):
             return self._wrong(SAID[annotation], value, path, node)
+        self._finite(node, path)
         return value
+
+    def _finite(self, node: Node, path: str) -> None:
+        """NaN and infinities are no numbers of a study, wherever they stand."""
+        if isinstance(node.value, (dict, list)):
+            items = node.value.items() if isinstance(node.value, dict) else enumerate(node.value)
+            for name, child in items:
+                self._finite(child, f"{path}.{name}" if isinstance(node.value, dict) else f"{path}[{name}]")
+        elif isinstance(node.value, float) and not math.isfinite(node.value):
+            self.error(f"{path}: {node.value} is impossible", why="a finite number is expected", where=node.where)
 
     def _item(self, annotation: Any, node: Node, path: str) -> Any:
         self.marks[path] = node.where
@@ -181,3 +196,14 @@ def explain(cls: type) -> list[tuple[str, str]]:
     """(key, meaning with unit) of every field: documentation that can't fall behind the code."""
     told = ((name, field.metadata) for name, (_, field) in _fields(cls).items())
     return [(name, meta["doc"] + (f" [{meta['unit']}]" if meta["unit"] else "")) for name, meta in told]
+
+
+@functools.cache
+def registered(file: str, table: str) -> tuple[str, ...]:
+    """Keys of a module's literal table, read from its text: importing it would load torch or pyarrow."""
+    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        if any(getattr(target, "id", "") == table for target in targets):
+            assert isinstance(node.value, ast.Dict), f"{table} of {file} is a literal"  # type: ignore[attr-defined]
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))  # type: ignore[attr-defined]
+    raise AssertionError(f"{file} has a table {table}")

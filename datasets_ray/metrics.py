@@ -1,7 +1,8 @@
 """Numbers over scored questions: columns of right/wrong, labels and option counts in, shares with their standard errors out.
 
 All values here are shares in [0, 1]; the score stage turns them into percentage points. An empty set is an error, never a zero.
-A metric is an entry of `METRICS`: the report shows whichever the benchmark's score stage names.
+A benchmark says `metric: NAME` with a name of `NAMES`: a share of right answers (`METRICS`), one over groups of questions (`GROUPED`), or
+a benchmark's own (`SETS`, defined in `benchmark_metrics`). The report shows whichever the benchmark's score stage names.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datasets_ray.benchmark_metrics import SETS, yes_no
 from datasets_ray.errors import UserError, nearest
 
 
@@ -88,7 +90,18 @@ GROUPED = {"circular": "accuracy"}
 """Metric over groups of questions → the averaging over those groups. A group is right when all its questions are: MMBench's rotations."""
 
 
+NAMES = (*METRICS, *GROUPED, *SETS)
+"""Every metric that a benchmark may name."""
+
+
+def known(name: str) -> None:
+    """UserError for a name that is no metric's."""
+    if name not in NAMES:
+        raise UserError(f"unknown metric {name!r}", hint=nearest(name, NAMES))
+
+
 def metric_named(name: str) -> Metric:
+    """A share of right answers by name; UserError for another."""
     if name not in METRICS:
         raise UserError(f"unknown metric {name!r}", hint=nearest(name, METRICS))
     return METRICS[name]
@@ -127,21 +140,6 @@ class Groups:
         return np.array([float(np.prod(values[members])) for members in self.members], dtype=np.float64)
 
 
-def yes_no(truth: Sequence[bool] | np.ndarray, said: Sequence[bool | None]) -> dict[str, float]:
-    """Shares over yes/no questions, `yes` being positive (POPE): accuracy, precision, recall, f1, and how often yes is said.
-
-    said: None where the answer is neither or both; it is wrong in accuracy and no `yes` (VLMEvalKit's `YOrN_Eval`).
-    """
-    right, given = np.asarray(truth, dtype=bool), np.array([bool(one) for one in said], dtype=bool)
-    _some(right)
-    both, readable = float(np.sum(right & given)), np.array([one is not None for one in said], dtype=bool)
-    precision = both / float(given.sum()) if given.any() else 0.0
-    recall = both / float(right.sum()) if right.any() else 0.0
-    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-    accuracy = float(np.mean((right == given) & readable))
-    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1": f1, "yes_share": float(np.mean(given))}
-
-
 def validity(letters: Sequence[str | None], options: Sequence[Sequence[str]]) -> float:
     """Share of answers read as a letter of an option shown. A refusal (`Z`) and an unreadable answer are invalid."""
     _some(letters)
@@ -160,3 +158,9 @@ def chance(metric: str, option_counts: Sequence[int] | np.ndarray, labels: Seque
     if not (counts > 0).all():
         raise UserError(f"{int((counts <= 0).sum())} questions have no options", why="there is nothing to guess among")
     return metric_named(metric).of(1.0 / counts, classes_of(labels))
+
+
+__all__ = [
+    "GROUPED", "METRICS", "NAMES", "SETS", "Groups", "Metric", "accuracy", "chance", "classes_of", "known", "mean_per_class",
+    "metric_named", "standard_error", "validity", "yes_no",
+]  # fmt: skip

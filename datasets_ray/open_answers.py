@@ -6,9 +6,11 @@ A row's meta names its rule under `open`. No rule guesses: what it can't read is
     mmmu      MMMU's `parse_open_response` and `eval_open`: the shortest end of each line behind a phrase such as "answer is", and the
               numbers in it; right when a right answer is part of one of them, or a number equals it to two decimals
     contains  OCRBench: a right answer is part of the answer, case aside
+    formula   OCRBench's handwritten formulas: the same without any blanks, case counting
     exact     equal but for case, white space and punctuation around it
     number    the last number in the answer equals the right one to as many decimals as that is written with
-    judged    needs a judge model; such a row is left out of the score and counted
+    vqa       VQA accuracy: the share of agreement with the annotators (datasets_ray.vqa_text)
+    judged    needs a judge model (trainers.judge); without one the benchmark is not run
 
 VLMEvalKit scores MMMU's open questions as choices between the right answer and "Other Answers" that the model never saw (its issue 1617);
 these rules don't.
@@ -21,9 +23,12 @@ import string
 from collections.abc import Callable, Sequence
 
 from datasets_ray.errors import UserError, nearest
+from datasets_ray.vqa_text import agreement
 
 YES_NO, MMMU, JUDGED = "yes_no", "mmmu", "judged"
-Judge = Callable[[str, Sequence[str]], bool | None]
+CONTAINS, FORMULA = "contains", "formula"
+Judge = Callable[[str, Sequence[str]], float | None]
+"""(text, right answers) → how right it is, 0 to 1 (most rules know only the two), or None when it can't be read."""
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
@@ -56,6 +61,15 @@ def _contains(text: str, answers: Sequence[str]) -> bool | None:
         return None
     said = text.lower().replace("\n", " ")
     return any(answer.lower().strip().replace("\n", " ") in said for answer in answers)
+
+
+def _formula(text: str, answers: Sequence[str]) -> bool | None:
+    said = "".join(text.split())
+    return any("".join(answer.split()) in said for answer in answers) if said else None
+
+
+def _vqa(text: str, answers: Sequence[str]) -> float | None:
+    return agreement(text, answers) if text.strip() else None
 
 
 def _value(text: str) -> float | None:
@@ -115,11 +129,20 @@ def _mmmu(text: str, answers: Sequence[str]) -> bool | None:
     return False
 
 
-RULES: dict[str, Judge] = {YES_NO: _yes_no, MMMU: _mmmu, "contains": _contains, "exact": _exact, "number": _number}
+RULES: dict[str, Judge] = {
+    YES_NO: _yes_no, MMMU: _mmmu, CONTAINS: _contains, FORMULA: _formula, "exact": _exact, "number": _number, "vqa": _vqa,
+}  # fmt: skip
+
+
+def credit(rule: str, text: str, answers: Sequence[str]) -> float | None:
+    """How far `text` says one of `answers`, 0 to 1; None when it can't be read. Raises UserError for an unknown rule."""
+    if rule not in RULES:
+        raise UserError(f"unknown rule {rule!r} for answers without options", hint=nearest(rule, RULES))
+    found = RULES[rule](text, answers)
+    return None if found is None else float(found)
 
 
 def judge(rule: str, text: str, answers: Sequence[str]) -> bool | None:
-    """Whether `text` says one of `answers`; None when it can't be read. Raises UserError for an unknown rule."""
-    if rule not in RULES:
-        raise UserError(f"unknown rule {rule!r} for answers without options", hint=nearest(rule, RULES))
-    return RULES[rule](text, answers)
+    """Whether `text` says one of `answers` wholly; None when it can't be read."""
+    found = credit(rule, text, answers)
+    return None if found is None else found >= 1

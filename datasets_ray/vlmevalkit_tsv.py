@@ -49,6 +49,7 @@ REFERENCE = 64
 SHARD_ROWS = 64
 """Rows hold their images: a task has a shard in memory."""
 CUT = "images beyond most_images left out"
+PLACES = ("set_id", "figure_id", "question_id")
 _LETTER = str.maketrans({mark: " " for mark in string.printable if not mark.isalpha()})
 
 
@@ -118,6 +119,7 @@ class Reader:
             raise UserError(f"option {LETTERS[[bool(text.strip()) for text in given].index(False)]} is missing", why=why, where=where)
         answer: str | list[str] = cells["answer"].strip() if options else listed(cells["answer"].strip())
         meta = {"index": cells["index"], **{name.replace("-", "_"): cells.get(name) for name in ("category", "l2-category", "split")}}
+        meta |= _places(cells)
         if self.pair:
             meta["pair"] = "/".join(cells[column] for column in self.pair)
         rule = "" if options else open_rule([answer] if isinstance(answer, str) else answer, self.open)
@@ -133,6 +135,16 @@ class Reader:
 
     def has_image(self, cells: Mapping[str, str]) -> bool:
         return bool(self.embedded and cells["image"].strip() or cells.get("image_path", "").strip())
+
+
+def _places(cells: Mapping[str, str]) -> dict[str, str]:
+    """HallusionBench's numbers of set, figure and question: columns of that name, or the end of an index such as `0_VD_illusion_1_0_2`
+    (VLMEvalKit's `Hallusion_rating` splits it in six)."""
+    given = [cells.get(name, "") for name in PLACES]
+    if not all(given):
+        parts = cells["index"].split("_")
+        given = parts[-3:] if len(parts) >= 6 and all(part.isdigit() for part in parts[-3:]) else []
+    return dict(zip(PLACES, given))
 
 
 def _bytes(text: str) -> bytes:

@@ -22,7 +22,7 @@ import numpy as np
 
 from datasets_ray.errors import UserError, nearest
 from grid import stats
-from grid.results import PER_CLASS, Arm, Results
+from grid.results import Arm, Results, places
 from grid.where import Clause, parse_where
 
 METHOD = "paired bootstrap over questions"
@@ -176,19 +176,19 @@ def difference(pairs: Sequence[tuple[Arm, Arm]], benchmark: str, notes: list[str
     Forming it before resampling draws a question once for all arms, so pairs that share an arm need no independence.
     """
     scores = {arm.name: arm.scores.get(benchmark) for pair in pairs for arm in pair}
-    answers = {name: score.answers for name, score in scores.items() if score is not None and score.answers is not None}
-    if len(answers) < len(scores):
+    points = {name: known for name, score in scores.items() if score is not None and (known := score.points) is not None}
+    if len(points) < len(scores):
         return None
-    first = next(iter(answers.values()))
+    first = next(iter(points.values()))
     ids = first.ids
-    if any(not np.array_equal(other.ids, ids) for other in answers.values()):
-        shared = set.intersection(*(set(other.ids.tolist()) for other in answers.values()))
+    if any(not np.array_equal(other.ids, ids) for other in points.values()):
+        shared = set.intersection(*(set(other.ids.tolist()) for other in points.values()))
         keep = np.array([name in shared for name in ids.tolist()], dtype=bool)
         notes.append(f"{benchmark}: {keep.sum()} questions are shared by all arms of the contrast; the interval rests on these")
         ids = ids[keep]
         if not ids.size:
             return None
-    right = {name: given.correct[given.at(ids)].astype(np.float64) for name, given in answers.items()}
+    right = {name: given.values[places(given.ids, ids)] for name, given in points.items()}
     gap = np.mean([right[goal.name] - right[start.name] for start, goal in pairs], axis=0)
-    per_class = any(score is not None and score.metric == PER_CLASS for score in scores.values())
-    return stats.sample(gap, first.labels[first.at(ids)] if per_class else None)
+    strata = next((given.strata[places(given.ids, ids)] for given in points.values() if given.strata is not None), None)
+    return stats.sample(gap, strata)

@@ -13,6 +13,27 @@ from typing import Any
 import numpy as np
 
 PER_CLASS = "mean_per_class"
+NOT_RUN = "not run"
+"""What a cell says where a benchmark wants a judge that the study doesn't name."""
+
+
+def places(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """int[N]: positions of the wanted names among the known; every one must be there."""
+    if np.array_equal(wanted, known):
+        return np.arange(len(known))
+    where = {name: at for at, name in enumerate(known.tolist())}
+    return np.array([where[name] for name in wanted.tolist()], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Points:
+    """A score as a mean over what was drawn: questions, or groups of them that only count together (MME's images). Arrays have length U."""
+
+    ids: np.ndarray
+    values: np.ndarray
+    """float[U], shares"""
+    strata: np.ndarray | None
+    """str[U]: the mean is taken within each and then over them; None: over all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +53,12 @@ class Answers:
     guess: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """float[N]: how likely a guess is right: one over the options, the product over a group's rotations, 0 for open questions. Left out:
     one over the options."""
+    share: np.ndarray | None = None
+    """float[N] of a metric that is no plain share of right answers (datasets_ray.benchmark_metrics): what the question adds to the mean."""
+    units: np.ndarray | None = None
+    """str[N]: questions that count together, with one share."""
+    strata: np.ndarray | None = None
+    """str[N]"""
 
     def __post_init__(self) -> None:
         if len(self.guess) != len(self.ids):
@@ -42,10 +69,7 @@ class Answers:
 
     def at(self, ids: np.ndarray) -> np.ndarray:
         """Positions of these question ids; every one must be present."""
-        if np.array_equal(ids, self.ids):
-            return np.arange(len(self.ids))
-        where = {name: k for k, name in enumerate(self.ids.tolist())}
-        return np.array([where[name] for name in ids.tolist()], dtype=np.int64)
+        return places(self.ids, ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +92,28 @@ class Score:
     """Whether the prompt showed the options."""
     invalid: dict[str, Any] = field(default_factory=dict)
     """Why answers are invalid: {"counts": {reason: n}, "examples": {reason: {"text", "options"}}}."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """All of scores.json."""
+
+    @property
+    def points(self) -> Points | None:
+        """What the value is a mean of; None without row-level data."""
+        answers = self.answers
+        if answers is None:
+            return None
+        if answers.share is None:
+            return Points(answers.ids, answers.correct.astype(np.float64), answers.labels if self.metric == PER_CLASS else None)
+        ids, values, strata = answers.ids, answers.share, answers.strata
+        if answers.units is not None:
+            first = np.sort(np.unique(answers.units, return_index=True)[1])
+            ids, values, strata = answers.units[first], values[first], None if strata is None else strata[first]
+        return Points(ids, values, strata)
+
+    @property
+    def said(self) -> str:
+        """What a cell must say besides the number: MME's `1482.3 of 2800`, `F1`; nothing where it is a share of right answers."""
+        judge = (self.told.get("judge") or {}).get("model")
+        return ", ".join(part for part in (str(self.told.get("said") or ""), f"judged by {judge}" if judge else "") if part)
 
     @property
     def read_by(self) -> str:
@@ -93,6 +139,8 @@ class Arm:
     scores: dict[str, Score] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """benchmark → why there is no score."""
+    not_run: set[str] = field(default_factory=set)
+    """Those of `missing` that were left out on purpose, for want of a judge."""
     averages: dict[str, float] = field(default_factory=dict)
     """group → the average as printed, where a table gives it; otherwise it is computed from the scores."""
     controls: dict[str, Score] = field(default_factory=dict)

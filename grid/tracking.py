@@ -207,8 +207,10 @@ class Tracker:
             path = self.root / stage / "scores.json"
             if not (self.root / stage / "DONE.json").exists() or not path.exists():
                 continue
-            scores[benchmark] = json.loads(path.read_text())["value"]
-            if f"{name}/{benchmark}" in self.state["finals"]:
+            value = json.loads(path.read_text()).get("value")
+            if value is not None:  # a benchmark without its judge is not run, and has none
+                scores[benchmark] = value
+            if value is None or f"{name}/{benchmark}" in self.state["finals"]:
                 continue
             new = True
             stamp = int(path.stat().st_mtime * 1000)

@@ -1,7 +1,9 @@
 """Stage `zeroshot`: what the contrastive model itself makes of the images, over all classes and among the choices shown.
 
 In: `{"similarities": id, "rows": id, "choices": id | null, "metric": "accuracy" | "mean_per_class"}`.
-Out: `scores.json`: `value` and `stderr` by the metric in percentage points; top1, top5, mean_per_class, among_choices as shares.
+Out: `scores.json`: `value` and `stderr` by the metric in percentage points; top1, top5, mean_per_class, among_choices as shares;
+`scored.parquet`: a row an image with text (the most similar class of all), correct (whether it is right), rank (of the right class, from
+0) and, where it was asked about, options, answer and letter (the most similar option).
 
 Maths as CLIP_benchmark's `zeroshot_classification.py`: top-k over the similarities, mean over the classes present. Where similarities
 tie, the earlier class is ranked first; the ties are counted. A class name that occurs twice is one label: either column is right.
@@ -13,8 +15,11 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
 
 from datasets_ray import metrics
+from datasets_ray.answers import LETTERS
 from datasets_ray.choices import read_similarities, rows_of
 from datasets_ray.errors import UserError
 from datasets_ray.negatives import merge_duplicates, truth_of
@@ -29,10 +34,14 @@ def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     labels = [every[index] for index in rows_of(made["ids"], rows, spec["similarities"])]
     with ctx.working():
         scores = over_all_classes(np.asarray(matrix), made["classes"], labels)
+        asked: dict[str, tuple[list[str], str]] = {}
         if spec.get("choices"):
-            asked = open_rows(str(ctx.inputs(spec["choices"])))
-            columns = (asked.column(name) for name in ("id", "options", "label"))
+            questions = open_rows(str(ctx.inputs(spec["choices"])))
+            columns = (questions.column(name) for name in ("id", "options", "label"))
             scores |= among_choices(np.asarray(matrix), made["classes"], made["ids"], *columns)
+            shown = (questions.column(name) for name in ("id", "options", "answer"))
+            asked = {id: (list(options), answer) for id, options, answer in zip(*shown)}
+        parquet.write_table(answers(np.asarray(matrix), made["classes"], made["ids"], labels, asked), ctx.out / "scored.parquet")
     metric = spec["metric"]
     metrics.metric_named(metric)
     share = {"accuracy": "top1"}.get(metric, metric)
@@ -48,8 +57,8 @@ def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     return scores
 
 
-def over_all_classes(similarities: np.ndarray, classes: list[str], labels: list[str]) -> dict[str, Any]:
-    """similarities float[N, C] → shares top1, top5 (None below five classes), mean_per_class; ties at the top counted."""
+def ranked(similarities: np.ndarray, classes: list[str], labels: list[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(columns int[K] of the distinct classes, similarities float[N, K] to them, rank int[N] of the right one from 0)"""
     owner, _ = merge_duplicates(classes)
     columns = np.unique(owner)
     distinct = similarities[:, columns]
@@ -57,11 +66,35 @@ def over_all_classes(similarities: np.ndarray, classes: list[str], labels: list[
     at = np.arange(len(truth))
     own = distinct[at, truth][:, None]
     earlier = np.arange(len(columns))[None] < truth[:, None]
-    rank = ((distinct > own) | ((distinct == own) & earlier)).sum(axis=1)
+    return columns, distinct, ((distinct > own) | ((distinct == own) & earlier)).sum(axis=1)
+
+
+def answers(
+    similarities: np.ndarray, classes: list[str], ids: list[str], labels: list[str], asked: dict[str, tuple[list[str], str]]
+) -> pa.Table:
+    """The rows behind the shares. asked: id → (options, right letter) of the images that were asked about."""
+    columns, distinct, rank = ranked(similarities, classes, labels)
+    column_of = {name: index for index, name in reversed(list(enumerate(classes)))}
+    rows = []
+    for at, (id, label) in enumerate(zip(ids, labels)):
+        options, answer = asked.get(id, ([], ""))
+        among = [similarities[at, column_of[name]] for name in options]
+        taken = classes[columns[int(distinct[at].argmax())]]
+        letter = LETTERS[among.index(max(among))] if among else None
+        rows.append((id, label, options, answer, taken, letter, True, bool(rank[at] == 0), int(rank[at])))
+    names = ["id", "label", "options", "answer", "text", "letter", "valid", "correct", "rank"]
+    text, flag = pa.string(), pa.bool_()
+    types = [text, text, pa.list_(text), text, text, text, flag, flag, pa.int64()]
+    return pa.table([pa.array(column, kind) for column, kind in zip(zip(*rows), types)], names=names)
+
+
+def over_all_classes(similarities: np.ndarray, classes: list[str], labels: list[str]) -> dict[str, Any]:
+    """similarities float[N, C] → shares top1, top5 (None below five classes), mean_per_class; ties at the top counted."""
+    columns, distinct, rank = ranked(similarities, classes, labels)
     right = rank == 0
     top = distinct.max(axis=1, keepdims=True)
     return {
-        "n": len(truth),
+        "n": len(rank),
         "classes": len(columns),
         "top1": metrics.accuracy(right),
         "top5": metrics.accuracy(rank < 5) if len(columns) >= 5 else None,

@@ -203,6 +203,8 @@ def test_broken_tables_are_one_error(tmp_path):
     ("yes_no", "maybe", ["no"], None), ("exact", " The Cat. ", ["the cat"], True), ("exact", "a cat", ["cat"], False),
     ("exact", "..", ["cat"], None), ("contains", "It says STOP\nhere", ["stop here", "go"], True), ("contains", "", ["x"], None),
     ("contains", "stop", ["stop here"], False),
+    ("formula", "x ^ { 2 }\n= 4", ["x^{2} = 4"], True), ("formula", "X^{2}", ["x^{2}"], False), ("formula", " ", ["x"], None),
+    ("vqa", "The dog", ["dog"], True), ("vqa", "dog", ["dog"] * 2 + ["cat"] * 8, False), ("vqa", "", ["dog"], None),
     ("number", "12 plus 3 is 15.04", ["15.0"], True), ("number", "about 1,200", ["1200"], True), ("number", "15.06", ["15.0"], False),
     ("number", "-3", ["3"], False), ("number", "none", ["3"], None),
     ("mmmu", "So the answer is 24.004", ["24"], True), ("mmmu", "We get x = 0.5\nTherefore the result is 1,024 m", ["1024"], True),
@@ -216,3 +218,13 @@ def test_open_answers_by_written_down_cases(rule, text, answers, right):
 def test_an_unknown_open_rule_is_named():
     with pytest.raises(UserError, match="did you mean 'exact'"):
         judge("exakt", "a", ["a"])
+
+
+def test_hallusionbench_keeps_its_sets_figures_and_questions(tmp_path):
+    names, bare = ["set_id", "figure_id", "question_id"], {"A": "", "B": "", "C": "", "answer": "No"}
+    table(tmp_path, *(line(f"{n}_VD_illusion_1_{n % 2}_7", **bare) for n in range(3)))
+    assert [[row["meta"][name] for name in names] for row in make(tmp_path)[1]] == [["1", "0", "7"], ["1", "1", "7"], ["1", "0", "7"]]
+    table(tmp_path, line(1, **bare, set_id="3", figure_id="0", question_id="2"), columns=[*COLUMNS, *names])
+    assert [make(tmp_path)[1][0]["meta"][name] for name in names] == ["3", "0", "2"]
+    table(tmp_path, line("a_b_c", **bare))
+    assert "set_id" not in make(tmp_path)[1][0]["meta"]

@@ -134,13 +134,13 @@ def opened(cases: list[tuple[str, str, dict]]) -> pa.Table:
 def test_questions_without_options_have_their_own_rule() -> None:
     table = opened([
         ("the answer is 24", "24", {"open": "mmmu"}), ("24 or so", "25", {"open": "mmmu"}), ("", "x", {"open": "exact"}),
-        ("b", "a", {"open": "exact", "answers": ["a", "b"]}), ("a long essay", "x", {"open": "judged"}),
+        ("b", "a", {"open": "exact", "answers": ["a", "b"]}),
     ])  # fmt: skip
     scored, scores = score.score(table, "vlmevalkit", "accuracy")
     assert scored.column("correct").to_pylist() == [True, False, False, True, True]
     assert scored.column("letter").to_pylist() == [None, None, None, None, "C"]
     assert (scores["value"], scores["n"], scores["valid"], scores["unreadable"]) == (60.0, 5, 0.8, 1)
-    assert scores["left_out"] == {score.NO_JUDGE: 1} and scores["chance"] == pytest.approx(100 / 15)
+    assert "left_out" not in scores and scores["chance"] == pytest.approx(100 / 15)
     assert scores["open"] == {"exact": {"n": 2, "accuracy": 0.5, "valid": 0.5}, "mmmu": {"n": 2, "accuracy": 0.5, "valid": 1.0}}
     assert scores["right_letters"] == {"C": 1}
     with pytest.raises(UserError, match="names no rule"):

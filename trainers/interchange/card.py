@@ -106,7 +106,7 @@ def _scores(arm: Arm) -> list[str]:
     lines = ["## Scores", "", "By finegrid's own predictions of this arm, percent.", ""]
     lines += ["| benchmark | score | n | metric |", "|---|---|---|---|"]
     for name, scores in found.items():
-        if scores:
+        if "value" in scores:  # a benchmark without its judge is not run, and has none
             error = f" ± {scores['stderr']:.1f}" if scores.get("stderr") is not None else ""
             lines.append(f"| {name} | {scores['value']:.1f}{error} | {scores.get('n', '')} | {scores.get('metric', '')} |")
     return [*lines, ""]

@@ -13,10 +13,20 @@ import numpy as np
 
 from grid import stats
 from grid.effects import METHOD, Effect, Estimate, compute
-from grid.report import compared, evidence, invalid, provenance
+from grid.report import baselines, compared, evidence, invalid, provenance
 from grid.report.existing import existing_table
 from grid.report.table import Table, plain, span
-from grid.report.tables import average_interval, effects_table, is_clear, marks_of, paper_tables, printed_effects, steps_table, title_of
+from grid.report.tables import (
+    average_interval,
+    effects_table,
+    is_clear,
+    marks_of,
+    paper_tables,
+    printed_effects,
+    steps_table,
+    title_of,
+    waits,
+)  # fmt: skip
 from grid.results import Results
 
 EVIDENCE = (
@@ -25,8 +35,8 @@ EVIDENCE = (
     evidence.seeds_table,
     evidence.benchmarks_table,
     invalid.invalid_table,
-    evidence.zeroshot_table,
-    evidence.control_table,
+    baselines.zeroshot_table,
+    baselines.control_table,
     evidence.detail_table,
     provenance.lost_table,
     provenance.subsets_table,
@@ -110,7 +120,10 @@ def _checks(results: Results) -> list[str]:
             f"where chance is {plain(100 * options.mean())} %, {inside} two standard errors "
             f"(z = {plain(z, signed=True, digits=2)}, {correct.size} of {valid.size} answers)."
         )
-    missing = [arm.name for arm in results.arms if any(why != "not planned for this arm" for why in arm.missing.values())]
+    missing = [arm.name for arm in results.arms if waits(arm)]
+    for name in (b for b in results.benchmarks if any(b in arm.not_run for arm in results.arms)):
+        why = next(arm.missing[name] for arm in results.arms if name in arm.not_run)
+        lines.append(f"{title_of(name)} is {why}; no average that it belongs to is taken.")
     if missing:
         lines.append(f"Scores are missing for {', '.join(missing)}; no average is taken over fewer benchmarks than its name says.")
     return lines

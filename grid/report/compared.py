@@ -13,10 +13,12 @@ import numpy as np
 
 from grid import stats
 from grid.effects import difference
-from grid.report.table import Cell, Column, Table, arm_page, number, probability, rows_page, span
+from grid.report.table import Cell, Column, Table, arm_page, benchmark_page, number, probability, rows_page, span
 from grid.report.tables import marks_of, title_of
-from grid.results import PER_CLASS, Arm, Results
+from grid.results import Arm, Results
 
+PLAIN = ("accuracy", "circular", "ocrbench")
+"""Metrics that are a share of right questions."""
 FLATTERS = "the best arm was found on these same questions, which flatters it a little"
 
 
@@ -67,7 +69,11 @@ def _against(order: Sequence[Arm], results: Results, group: str, members: Sequen
         p[arm.name] = stats.sign_flip_test(samples, seed)
     adjusted = stats.holm(p)
     return {
-        name: [number(interval.mean, signed=True), Cell(span(interval.low, interval.high, True)), Cell(probability(adjusted[name]))]
+        name: [
+            number(interval.mean, "", arm_page(name), signed=True),
+            Cell(span(interval.low, interval.high, True), href=arm_page(name)),
+            Cell(probability(adjusted[name]), href=arm_page(name)),
+        ]
         for name, interval in told.items()
     }
 
@@ -92,15 +98,19 @@ def benchmarks_compared(results: Results) -> Table | None:
             p[arm.name] = found[2]
         adjusted = stats.holm(p)
         for arm, theirs, own, exact in lines:
-            weighted |= arm.scores[benchmark].metric == PER_CLASS
+            weighted |= arm.scores[benchmark].metric not in PLAIN
+            page = rows_page(arm.name, benchmark)
             gap = arm.scores[benchmark].value - order[0].scores[benchmark].value
+            told = (str(own), str(theirs), probability(exact), probability(adjusted[arm.name]))
             table.rows.append([
-                Cell(title_of(benchmark)), Cell(arm.name, href=rows_page(arm.name, benchmark)), Cell(order[0].name),
-                number(gap, signed=True), Cell(str(own)), Cell(str(theirs)), Cell(probability(exact)),
-                Cell(probability(adjusted[arm.name])),
+                Cell(title_of(benchmark), href=benchmark_page(benchmark)), Cell(arm.name, href=page),
+                Cell(order[0].name, href=rows_page(order[0].name, benchmark)), number(gap, "", page, signed=True),
+                *(Cell(text, href=page) for text in told),
             ])  # fmt: skip
     if weighted:
-        table.notes.append("where the score is mean-per-class accuracy, the test counts questions, not classes")
+        table.notes.append(
+            "where the score is mean-per-class accuracy or a benchmark's own (F1, MME), the test counts questions that are wholly right"
+        )
     return table if table.rows else None
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from datasets_ray.rows import RowTable
-from grid.report.markup import escape, marks_html, shell, table_html
+from grid.report.markup import escape, link, marks_html, shell, table_html
 from grid.report.pictures import Sheet
-from grid.report.table import Cell, Column, Table, number, plain, rows_page, slug
+from grid.report.table import Cell, Column, Table, beside_page, number, plain, rows_page, slug
 from grid.report.tables import marks_of, title_of
 from grid.results import Arm, Results
 
@@ -175,9 +175,10 @@ def _listed(results: Results, made: Confusions, sheet: Sheet | None, arms: Seque
     for pair in pairs:
         times, shown = int(confused[pair]), int(made.shown[pair])
         by = sum(1 for own in made.by_arm.values() if own[pair])
+        told = (str(times), f"{plain(100 * times / shown)} % <small>{shown}</small>", str(by))
+        numbers = "".join(f'<td class="number">{link(text, beside_page(made.benchmark), pages, "../")}</td>' for text in told)
         lines.append(
-            f'<tr><td>{escape(made.classes[pair[0]])}</td><td>{escape(made.classes[pair[1]])}</td><td class="number">{times}</td>'
-            f'<td class="number">{plain(100 * times / shown)} % <small>{shown}</small></td><td class="number">{by}</td>'
+            f"<tr><td>{escape(made.classes[pair[0]])}</td><td>{escape(made.classes[pair[1]])}</td>{numbers}"
             f"<td>{_examples(made, pair, arms, sheet, pages, per_page)}</td></tr>"
         )
     every = int((confused > 0).sum())
@@ -288,12 +289,12 @@ def _by_arm(results: Results, made: Confusions, arms: Sequence[Arm], pages: set[
     columns.append(Column(f"its {FEW} most frequent confusions", numeric=False))
     table = Table("by-arm", "By arm", columns, marks=marks_of(results))
     for arm in arms:
-        own = made.by_arm[arm.name]
+        own, page = made.by_arm[arm.name], rows_page(arm.name, made.benchmark)
         asked = len(arm.scores[made.benchmark].answers or ()) or int(own.sum())
         wrong = own - np.diag(np.diag(own))
         said = ", ".join(f"{made.classes[a]} → {made.classes[b]} ({wrong[a, b]})" for a, b in top(made, wrong, FEW))
         table.rows.append([
-            Cell(arm.name, href=rows_page(arm.name, made.benchmark)), number(100 * int(wrong.sum()) / asked),
-            number(100 * (asked - int(own.sum())) / asked), Cell(said or "none"),
+            Cell(arm.name, href=page), number(100 * int(wrong.sum()) / asked, href=page),
+            number(100 * (asked - int(own.sum())) / asked, href=page), Cell(said or "none"),
         ])  # fmt: skip
     return table_html(table, "../", pages)

@@ -73,8 +73,8 @@ def existing_table(results: Results) -> Table | None:
         table.rows.append([
             Cell(arm.name, kind, arm_page(arm.name)), Cell(arm.axes.get("encoder", "")),
             number(value, span(interval.low, interval.high) if interval else "", arm_page(arm.name), arm.reason(group, results.groups)),
-            number(alone, reason="its encoder isn't asked by itself here"),
-            number(None if value is None or alone is None else value - alone, reason="one of the two is missing", signed=True),
+            number(alone, href=arm_page(arm.name), reason="its encoder isn't asked by itself here"),
+            number(None if value is None or alone is None else value - alone, "", arm_page(arm.name), "one of two is missing", signed=True),
             number(known.get(arm.name), reason=f"no number in the file of {name}"),
         ])  # fmt: skip
     strangers = sorted(set(known) - {arm.name for arm in results.arms})

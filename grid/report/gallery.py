@@ -54,12 +54,15 @@ def pick(ids: Sequence[str], arms: Sequence[Arm], benchmark: str, each: int = EA
 def _card(table: RowTable, index: int, arms: Sequence[Arm], benchmark: str) -> str:
     row = table[index]
     given: Counter[str] = Counter()
+    right_arms = invalid = 0
     for arm in arms:
         answers = arm.scores[benchmark].answers
         if answers is not None:
             at = np.flatnonzero(answers.ids == row["id"])
             if at.size:
                 given[str(answers.letters[at[0]])] += 1
+                right_arms += bool(answers.correct[at[0]])
+                invalid += not answers.valid[at[0]]
     total = max(1, sum(given.values()))
     picture = thumbnail(row, table.root)
     if picture is None:
@@ -76,7 +79,9 @@ def _card(table: RowTable, index: int, arms: Sequence[Arm], benchmark: str) -> s
             f'<li class="{"right" if right else ""}" style="--share:{100 * share:.0f}%" title="{given[letter]} of {total} arms">'
             f"<b>{letter}</b> {escape(option)}{' ✓' if right else ''}<i>{given[letter] or ''}</i></li>"
         )
-    invalid = total - sum(given[letter] for letter in LETTERS[: len(row["options"])]) if given else 0
+    if not row["options"]:
+        bar = f'style="--share:{100 * right_arms / total:.0f}%" title="{right_arms} of {total} arms"'
+        options.append(f'<li class="right" {bar}>{escape(row["answer"] or "")} ✓<i>{right_arms or ""}</i></li>')
     note = f"<small>{invalid} of {total} answers invalid</small>" if invalid else ""
     extra = "" if len(row["images"]) < 2 else f"<small>first of {len(row['images'])} images</small>"
     hint = f'<p class="hint">{escape(row["hint"])}</p>' if row["hint"] else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from grid.report.table import Cell, Column, Table, number, plain, rows_page
+from grid.report.table import Cell, Column, Table, benchmark_page, number, plain, rows_page
 from grid.report.tables import marks_of, title_of
 from grid.results import Arm, Results
 
@@ -35,10 +35,11 @@ def invalid_table(results: Results) -> Table | None:
         if not total:
             continue
         worst = min(arms, key=lambda arm: arm.scores[benchmark].valid or 0.0)
+        page, theirs = benchmark_page(benchmark), rows_page(worst.name, benchmark)
         table.rows.append([
-            Cell(title_of(benchmark)), Cell(str(asked)), Cell(str(total)), number(100 * total / asked),
-            *(number(100 * found[reason] / total) for reason in reasons),
-            Cell(worst.name, href=rows_page(worst.name, benchmark)), number(100 - 100 * (worst.scores[benchmark].valid or 0.0)),
+            Cell(title_of(benchmark), href=page), Cell(str(asked), href=page), Cell(str(total), href=page),
+            number(100 * total / asked, href=page), *(number(100 * found[reason] / total, href=page) for reason in reasons),
+            Cell(worst.name, href=theirs), number(100 - 100 * (worst.scores[benchmark].valid or 0.0), href=theirs),
             Cell(_example(worst, benchmark)),
         ])  # fmt: skip
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 
 from datasets_ray.errors import UserError
 from grid.report.published import load_published, published_folder
-from grid.results import PER_CLASS, Answers, Arm, Results, Score
+from grid.results import NOT_RUN, Answers, Arm, Results, Score
+from grid.rundir import read_json
+from grid.stats import sample
 
 TRIFLE = 0.01
 """Share of a benchmark's rows that may be lost (and is counted) before its numbers are those of a subset."""
@@ -27,9 +30,10 @@ AGREEMENT = 0.01
 def load_run(directory: str | Path) -> Results:
     """Everything a report needs. Raises UserError where there is no plan or no readable one."""
     out = Path(directory)
-    plan = _json(out / "plan.json")
-    if plan is None:
-        raise UserError(f"{out} is no run directory", why="plan.json is missing", hint="give the --out directory of a grid.run")
+    if not (out / "plan.json").is_file():
+        why = "plan.json is missing" if out.is_dir() else "there is no such folder"
+        raise UserError(f"{out} is no run directory", why=why, hint="give the --out directory of a grid.run")
+    plan = read_json(out / "plan.json", "study", "stages", "arms")
     run = _json(out / "run.json") or {}
     store = _store(out, run, plan)
     study = plan.get("study", {})
@@ -58,7 +62,10 @@ def _arm(planned: dict[str, Any], results: Results, failures: dict[str, str]) ->
     arm.seed, arm.stages = planned.get("seed"), list(planned.get("stages", []))
     for benchmark, stage in planned.get("scores", {}).items():
         score = _score(stage, results, f"{arm.name} on {benchmark}")
-        if score is None:
+        if isinstance(score, str):
+            arm.missing[benchmark] = f"{NOT_RUN}: {score}"
+            arm.not_run.add(benchmark)
+        elif score is None:
             arm.missing[benchmark] = _why(stage, results, failures)
         else:
             arm.scores[benchmark] = score
@@ -74,7 +81,7 @@ def _arm(planned: dict[str, Any], results: Results, failures: dict[str, str]) ->
                 results.partial[benchmark] = partial
     for benchmark, stage in planned.get("controls", {}).items():
         control = _score(stage, results, f"control of {arm.name} on {benchmark}")
-        if control is not None:
+        if isinstance(control, Score):
             arm.controls[benchmark] = control
     for benchmark, stage in planned.get("zeroshot", {}).items():
         found = _json(_artefact(results, stage) / "scores.json")
@@ -128,22 +135,20 @@ def _subsets(results: Results) -> dict[str, dict[str, int]]:
     return found
 
 
-def _score(stage: str, results: Results, what: str) -> Score | None:
+def _score(stage: str, results: Results, what: str) -> Score | str | None:
+    """The score; why it was not run; None where its stage has not finished."""
     folder = _artefact(results, stage)
     found = _json(folder / "scores.json") if (folder / "DONE.json").is_file() else None
     if found is None:
         return None
+    if "not_run" in found:
+        return str(found["not_run"])
     asked = results.stages.get(results.stages.get(stage, {}).get("spec", {}).get("predictions", ""), {})
     path = folder / "scored.parquet"
     answers = read_answers(path) if path.is_file() else None
     metric = found.get("metric", "accuracy")
     chance = found.get("chance")
-    if answers is not None and len(answers):
-        recomputed = 100 * _mean(answers.correct.astype(float), answers.labels, metric)
-        if abs(recomputed - found["value"]) > AGREEMENT:
-            results.notices.append(f"{what}: scores.json says {found['value']:.2f}, its rows give {recomputed:.2f}")
-        chance = 100 * _mean(answers.guess, answers.labels, metric)
-    return Score(
+    score = Score(
         float(found["value"]),
         metric,
         found.get("rule"),
@@ -157,7 +162,15 @@ def _score(stage: str, results: Results, what: str) -> Score | None:
         found.get("method", "generate"),
         bool(asked.get("spec", {}).get("listed", True)),
         found.get("invalid") or {},
+        found,
     )
+    points = score.points
+    if answers is None or points is None or not len(answers):
+        return score
+    recomputed = 100 * sample(points.values, points.strata).mean
+    if abs(recomputed - score.value) > AGREEMENT:
+        results.notices.append(f"{what}: scores.json says {score.value:.2f}, its rows give {recomputed:.2f}")
+    return score if answers.share is not None else replace(score, chance=100 * sample(answers.guess, points.strata).mean)
 
 
 def read_answers(path: Path) -> Answers:
@@ -166,7 +179,8 @@ def read_answers(path: Path) -> Answers:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(path).read(columns=["id", "label", "options", "letter", "valid", "correct", "guess"])  # absent ones are left out
+    wanted = ["id", "label", "options", "letter", "valid", "correct", "guess", "share", "unit", "stratum"]
+    table = pq.ParquetFile(path).read(columns=wanted)  # absent ones are left out
     options = table.column("options")
     if pa.types.is_list(options.type) or pa.types.is_large_list(options.type):
         counts = pc.list_value_length(options).fill_null(0).to_numpy(zero_copy_only=False)
@@ -176,13 +190,11 @@ def read_answers(path: Path) -> Answers:
     flags = {name: table.column(name).fill_null(False).to_numpy(zero_copy_only=False).astype(bool) for name in ("valid", "correct")}
     known = (text["id"], text["label"], flags["correct"], flags["valid"], counts.astype(np.int64), text["letter"])
     guess = (table.column("guess").to_numpy(zero_copy_only=False),) if "guess" in table.column_names else ()
-    return Answers(*known, *guess)
-
-
-def _mean(values: np.ndarray, labels: np.ndarray, metric: str) -> float:
-    from grid.stats import sample
-
-    return sample(values, labels if metric == PER_CLASS else None).mean
+    named = {"unit": "units", "stratum": "strata"}
+    more = {field: np.array(table.column(name).to_pylist(), dtype=np.str_) for name, field in named.items() if name in table.column_names}
+    if "share" in table.column_names:
+        more["share"] = table.column("share").to_numpy(zero_copy_only=False)
+    return Answers(*known, *guess, **more)
 
 
 def _failures(out: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from grid.effects import Effect
 from grid.report import gallery
 from grid.report.build import Report
+from grid.report.evidence import repeated
 from grid.report.figures import Figure
 from grid.report.markup import escape, marks_html, shell, table_html
 from grid.report.table import ABSENT, Cell, Column, Table, arm_page, number, plain, rows_page
@@ -20,9 +21,16 @@ from grid.results import Arm, Results
 FIGURES_AFTER = {"effects": ("effects", "figure-5", "figure-7"), "table-1": ("figure-8",), "existing": ("figure-3",)}
 """Table id → figures that follow it; figures left over come at the end of the results."""
 EVIDENCE = (
-    "compared", "compared-benchmarks", "seeds", "benchmarks", "zeroshot", "control", "detail", "lost", "subsets", "assumptions", "time",
-    "versions",
+    "compared", "compared-benchmarks", "seeds", "benchmarks", "invalid", "zeroshot", "control", "detail", "lost", "subsets", "assumptions",
+    "time", "versions",
 )  # fmt: skip
+
+
+OPENS = (
+    "<script>addEventListener('hashchange',o);function o(){const e=document.getElementById(location.hash.slice(1));"
+    "const d=e&&e.closest('details');if(d){d.open=true;e.scrollIntoView()}}o()</script>"
+)
+"""A link into a folded block opens it."""
 
 
 def render(report: Report, figures: Sequence[Figure], pages: set[str]) -> str:
@@ -38,6 +46,8 @@ def render(report: Report, figures: Sequence[Figure], pages: set[str]) -> str:
         target.append(table_html(table, known=pages))
         if table.id == "effects" and pages:
             target.append(_pairs(results, report.effects, pages))
+        if table.id == "seeds" and pages:
+            target.append(_seeds(results, pages))
         target += [figure_html(left.pop(id)) for id in FIGURES_AFTER.get(table.id, ()) if id in left]
     found += [figure_html(figure) for figure in left.values()]
     asked = gallery.render(results) if pages else ""
@@ -118,16 +128,27 @@ def _pairs(results: Results, effects: Sequence[Effect], pages: set[str]) -> str:
                 before, after = start.value(name, results.groups), goal.value(name, results.groups)
                 cells += [_linked(start, name, results, before), _linked(goal, name, results, after)]
                 moved = None if before is None or after is None else after - before
-                cells.append(Cell(ABSENT) if moved is None else Cell(plain(moved, signed=True), tone="strong"))
+                href = rows_page(goal.name, name) if name in goal.scores else arm_page(goal.name)
+                cells.append(Cell(ABSENT) if moved is None else Cell(plain(moved, signed=True), "", href, tone="strong"))
             table.rows.append(cells)
         if table.rows:
             inner = table_html(table, known=pages, level=3)
             parts.append(f"<details><summary>{escape(contrast.name.replace('_', ' '))}: {len(table.rows)} pairs</summary>{inner}</details>")
-    script = (  # a link into a folded block opens it
-        "<script>addEventListener('hashchange',o);function o(){const e=document.getElementById(location.hash.slice(1));"
-        "const d=e&&e.closest('details');if(d){d.open=true;e.scrollIntoView()}}o()</script>"
-    )
-    return f'<div class="pairs">{"".join(parts)}</div>{script}' if parts else ""
+    return f'<div class="pairs">{"".join(parts)}</div>{OPENS}' if parts else ""
+
+
+def _seeds(results: Results, pages: set[str]) -> str:
+    """The arms behind each row of the table of seeds, folded."""
+    parts = []
+    names = (*results.groups, *results.benchmarks)
+    for number_, arms in enumerate(repeated(results), 1):
+        columns = [Column("arm", numeric=False), *(Column(title_of(name)) for name in names)]
+        table = Table(f"seeds-{number_}", ", ".join(arm.name for arm in arms), columns, marks=marks_of(results))
+        for arm in arms:
+            cells = [_linked(arm, name, results, arm.value(name, results.groups)) for name in names]
+            table.rows.append([Cell(arm.name, href=arm_page(arm.name)), *cells])
+        parts.append(f"<details><summary>{escape(table.title)}</summary>{table_html(table, known=pages, level=3)}</details>")
+    return f'<div class="pairs">{"".join(parts)}</div>{OPENS}' if parts else ""
 
 
 def _linked(arm: Arm, name: str, results: Results, value: float | None) -> Cell:

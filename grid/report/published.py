@@ -7,6 +7,8 @@ effects) and, where the paper has a cumulative summary, `<name>_steps.csv`. Out:
 from __future__ import annotations
 
 import csv
+import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,9 @@ def load_published(table: Path, beside: Path | None = None, title: str = "") -> 
     """table: the ablation CSV. beside: the path whose siblings hold effects and steps (default: the table itself)."""
     rows = _read(table)
     columns = list(rows[0][1])
+    if not set(columns) & {*GROUPS, *sum(GROUPS.values(), ())} or "row" not in columns:
+        why, hint = f"its columns are {', '.join(columns)}", "row, source, the axes, and averages or benchmarks"
+        raise UserError(f"{table} is no ablation table", why=why, hint=hint, where=f"{table}:1")
     benchmarks = {name: members for name, members in GROUPS.items() if name in columns or set(members) <= set(columns)}
     first = min((columns.index(c) for c in [*GROUPS, *sum(GROUPS.values(), ())] if c in columns), default=len(columns))
     axes = [c for c in columns[:first] if c not in ("row", "source")]
@@ -119,9 +124,13 @@ def _steps(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
     """(line number, cells) of every row."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        rows = [(reader.line_num, {k: (v or "").strip() for k, v in cells.items() if k is not None}) for cells in reader]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = f"{path}:{error.object[: error.start].count(10) + 1}"
+        raise UserError(f"{path} is not text", why=f"byte {error.start} is not UTF-8", hint="save it as UTF-8", where=at) from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows = [(reader.line_num, {k.strip(): (v or "").strip() for k, v in cells.items() if k is not None}) for cells in reader]
     if not rows:
         raise UserError(f"{path} has no rows", hint="a header and at least one row are needed")
     return rows
@@ -132,7 +141,10 @@ def _number(text: str, column: str, at: str) -> float | None:
     if not text:
         return None
     try:
-        return float(text)
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError
+        return number
     except ValueError:
         raise UserError(
             f"{column} is {text!r}", why="a number is needed", hint="leave the cell empty where there is none", where=at

@@ -1,162 +1,156 @@
 """The rows behind every number: a page per arm and benchmark with each question, its options, the text answered and the letter read.
 
-In: `Results`, their scored.parquet files and the questions. Out: files below the report folder (`rows/`, `arms/`, `thumbs/`);
-returns the set of pages written, so that only existing pages are linked.
+In: `Results`, their scored.parquet files and the questions. Out: files below the report folder (`rows/`, `control/`, `encoders/`,
+`answers/`, `benchmarks/`, `confusions/`, `arms/`, `thumbs/`); returns the set of pages written, so that only existing pages are linked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from grid.report import confusions, pictures
+from grid.report import benchmarkpages, confusions, pictures
+from grid.report.beside import write_beside
 from grid.report.curves import curves_html
 from grid.report.markup import escape, marks_html, shell, table_html
-from grid.report.table import Cell, Column, Table, arm_page, confusions_page, number, plain, rows_page, slug
+from grid.report.rowlist import COLUMNS, MOST, PER_PAGE, Asked, asked_of, write_list, write_page
+from grid.report.table import (
+    Cell,
+    Column,
+    Table,
+    arm_page,
+    benchmark_page,
+    beside_page,
+    confusions_page,
+    control_page,
+    encoder_page,
+    number,
+    plain,
+    rows_page,
+    slug,
+)  # fmt: skip
 from grid.report.tables import marks_of, title_of
-from grid.results import Arm, Results, Score
-
-PER_PAGE = 500
-MOST = 2000
-"""Questions listed per arm and benchmark; the Parquet file named on the page holds all."""
-COLUMNS = ["id", "label", "options", "answer", "text", "letter", "valid", "correct"]
+from grid.results import NOT_RUN, Arm, Results, Score
 
 
 def write_pages(results: Results, folder: Path, home: str = "index.html") -> set[str]:
     """All pages; paths relative to folder. home: the report's own page, which they lead back to."""
     pages: set[str] = set()
-    sheets = {benchmark: _sheet(results, benchmark, folder) for benchmark in results.benchmarks}
-    asked = {benchmark: _asked(results, benchmark) for benchmark in results.benchmarks}
     counted = {benchmark: made for benchmark in results.benchmarks if (made := confusions.count(results, benchmark)) is not None}
+    for benchmark in results.benchmarks:
+        asked = asked_of(results.questions.get(benchmark), slug(benchmark), folder)
+        for arm in results.arms:
+            if (score := arm.scores.get(benchmark)) is not None and score.path is not None:
+                pages |= _rows(results, arm, benchmark, score, asked, folder, home, benchmark in counted)
+        pages |= _controls(results, benchmark, folder, home) | _encoders(results, benchmark, asked, folder, home)
+        pages |= write_beside(results, benchmark, asked, folder, home)
+        if benchmark in counted:
+            table = pictures.open_questions(results.questions[benchmark]) if benchmark in results.questions else None
+            text = confusions.render(results, counted[benchmark], table, asked.sheet(1), pages, PER_PAGE, home)
+            pages.add(write_page(folder, confusions_page(benchmark), text))
+    pages |= {arm_page(arm.name) for arm in results.arms} | {benchmark_page(benchmark) for benchmark in results.benchmarks}
+    for benchmark in results.benchmarks:
+        write_page(folder, benchmark_page(benchmark), benchmarkpages.render(results, benchmark, pages, home))
     for arm in results.arms:
-        for benchmark, score in arm.scores.items():
-            if score.path is not None:
-                told = benchmark in counted
-                pages |= _rows(results, arm, benchmark, score, sheets.get(benchmark), asked.get(benchmark, {}), folder, home, told)
-    for benchmark, made in counted.items():
-        table = pictures.open_questions(results.questions[benchmark]) if benchmark in results.questions else None
-        text = confusions.render(results, made, table, sheets.get(benchmark), pages, PER_PAGE, home)
-        pages.add(_write(folder, confusions_page(benchmark), text))
-    for arm in results.arms:
-        pages.add(_write(folder, arm_page(arm.name), shell(f"{arm.name}, {results.title}", _arm(results, arm, pages, home), "arm")))
+        write_page(folder, arm_page(arm.name), shell(f"{arm.name}, {results.title}", _arm(results, arm, pages, home), "arm"))
     return pages
 
 
-def _asked(results: Results, benchmark: str) -> dict[str, tuple[str, str]]:
-    """question id → (hint, question), where the questions are at hand."""
-    table = pictures.open_questions(results.questions[benchmark]) if benchmark in results.questions else None
-    if table is None:
-        return {}
-    columns = (table.column(name)[:MOST] for name in ("id", "hint", "question"))
-    return {id: (hint, question) for id, hint, question in zip(*columns, strict=True)}
+def _listed(path: Path, most: int | None = None) -> tuple[list[dict[str, Any]], int]:
+    """(the first rows, how many there are)"""
+    import pyarrow.parquet as pq
 
-
-def _sheet(results: Results, benchmark: str, folder: Path) -> pictures.Sheet | None:
-    """Thumbnails of a benchmark's first page of questions, written once for all arms."""
-    table = pictures.open_questions(results.questions[benchmark]) if benchmark in results.questions else None
-    if table is None:
-        return None
-    made = pictures.sheet([table[k] for k in range(min(PER_PAGE, len(table)))], table.root)
-    if made is not None:
-        path = folder / "thumbs" / f"{slug(benchmark)}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(made.data)
-    return made
+    table = pq.ParquetFile(path).read(columns=COLUMNS)  # absent ones are left out
+    return table.slice(0, most).to_pylist(), table.num_rows
 
 
 def _rows(
-    results: Results,
-    arm: Arm,
-    benchmark: str,
-    score: Score,
-    sheet: pictures.Sheet | None,
-    asked: dict[str, tuple[str, str]],
-    folder: Path,
-    home: str,
-    told: bool,
-) -> set[str]:
+    results: Results, arm: Arm, benchmark: str, score: Score, asked: Asked, folder: Path, home: str, told: bool
+) -> set[str]:  # fmt: skip
     """Pages of one arm's rows. told: its benchmark has a page of confusions."""
-    import pyarrow.parquet as pq
-
     assert score.path is not None
-    table = pq.ParquetFile(score.path).read(columns=COLUMNS)
-    listed = table.slice(0, MOST).to_pylist()
-    count = max(1, -(-len(listed) // PER_PAGE))
-    common = set(asked.values())
-    said = next(iter(common)) if len(common) == 1 else None
-    pages = set()
-    for page in range(1, count + 1):
-        rows = listed[(page - 1) * PER_PAGE : page * PER_PAGE]
-        body = f'<nav><a href="../../{escape(home)}">report</a> › <a href="../../{escape(arm_page(arm.name))}">{escape(arm.name)}</a>'
-        body += f' · <a href="../../{escape(confusions_page(benchmark))}">confusions</a></nav>' if told else "</nav>"
-        body += _head(results, arm, benchmark, score, table.num_rows, len(listed), said)
-        style = f".thumb{{background-image:url(../../thumbs/{slug(benchmark)}.jpg)}}"
-        body += f"<style>{style}</style>" if sheet is not None else ""
-        body += _list(rows, sheet, {} if said else asked, (page - 1) * PER_PAGE)
-        body += _pager(arm.name, benchmark, page, count)
-        pages.add(_write(folder, rows_page(arm.name, benchmark, page), shell(f"{arm.name} on {title_of(benchmark)}", body, "rows")))
+    listed, n = _listed(score.path, MOST)
+    ways = [(arm.name, arm_page(arm.name)), (title_of(benchmark), benchmark_page(benchmark))]
+    ways += [("confusions", confusions_page(benchmark))] if told else []
+    title, facts = f"{arm.name} on {title_of(benchmark)}", _facts(score, n)
+    going_on = f"The first {len(listed):,} of {n:,} questions" if n > len(listed) else ""
+    head = partial(_head, results, home, title, ways, facts, _axes(arm), asked, going_on, beside_page(benchmark))
+    return write_list(folder, partial(rows_page, arm.name, benchmark), title, head, listed, asked)
+
+
+def _controls(results: Results, benchmark: str, folder: Path, home: str) -> set[str]:
+    """Pages of the rows that arms answered with images permuted; thumbnails show what they saw."""
+    pages: set[str] = set()
+    known: dict[str, Asked] = {}
+    for arm in results.arms:
+        score = arm.controls.get(benchmark)
+        if score is None or score.path is None:
+            continue
+        predicted = results.stages.get(score.stage or "", {}).get("spec", {}).get("predictions", "")
+        stage = results.stages.get(predicted, {}).get("spec", {}).get("questions", "")
+        if stage not in known:
+            path = results.store / stage if results.store is not None and stage else None
+            known[stage] = asked_of(path, f"control/{slug(benchmark)}", folder)
+        listed, n = _listed(score.path)
+        title = f"{arm.name} on {title_of(benchmark)}, images permuted"
+        ways = [(arm.name, arm_page(arm.name)), (title_of(benchmark), benchmark_page(benchmark))]
+        head = partial(_head, results, home, title, ways, _facts(score, n), _axes(arm), known[stage], "", "")
+        pages |= write_list(folder, partial(control_page, arm.name, benchmark), title, head, listed, known[stage])
     return pages
 
 
-def _head(results: Results, arm: Arm, benchmark: str, score: Score, n: int, listed: int, said: tuple[str, str] | None) -> str:
+def _encoders(results: Results, benchmark: str, asked: Asked, folder: Path, home: str) -> set[str]:
+    """Pages of the images that encoders classified by themselves: answered is the most similar class of all, letter that of the options."""
+    pages: set[str] = set()
+    for arm in results.arms:
+        found = arm.zeroshot.get(benchmark)
+        path = results.store / found["stage"] / "scored.parquet" if found is not None and results.store is not None else None
+        if found is None or path is None or not path.is_file() or encoder_page(found["stage"]) in pages:
+            continue
+        listed, n = _listed(path)
+        title = f"{arm.axes.get('encoder', arm.name)} alone on {title_of(benchmark)}"
+        facts = [f"{plain(100 * found['top1'])} % right among all classes", f"{n} images"]
+        if found.get("among_choices") is not None:
+            facts.insert(1, f"{plain(100 * found['among_choices'])} % among the options")
+        facts.append("✓: the most similar of all classes is right; letter: the most similar option")
+        ways = [(title_of(benchmark), benchmark_page(benchmark))]
+        head = partial(_head, results, home, title, ways, facts, "", asked, "", "")
+        pages |= write_list(folder, partial(encoder_page, found["stage"]), title, head, listed, asked)
+    return pages
+
+
+def _facts(score: Score, n: int) -> list[str]:
     facts = [f"{plain(score.value)} % {score.metric.replace('_', ' ')}", f"{n} questions"]
     if score.stderr is not None:
         facts.insert(1, f"± {plain(score.stderr)}")
+    if score.said:
+        facts.insert(1, score.said)
     if score.valid is not None:
         facts.append(f"{plain(100 * score.valid)} % valid")
     if score.chance is not None:
         facts.append(f"chance {plain(score.chance)} %")
-    facts.append(f"read by {score.read_by}")
-    shown = f"<p>The first {listed} of {n} questions; all of them: <code>{escape(score.path)}</code></p>" if listed < n else ""
-    question = f'<p class="question">{escape(" ".join(part for part in said if part))}</p>' if said else ""
-    kinds = ("all", "wrong", "invalid")
-    radios = "".join(
-        f'<label><input type="radio" name="show" id="show-{kind}"{" checked" if kind == "all" else ""}> {kind}</label>' for kind in kinds
-    )
+    return [*facts, f"read by {score.read_by}"]
+
+
+def _head(
+    results: Results, home: str, title: str, ways: list[tuple[str, str]], facts: list[str], axes: str, asked: Asked, listed: str,
+    more: str, up: str,
+) -> str:  # fmt: skip
+    """What stands above a list. listed: how much of it is here, where that isn't all; more: the page with the rest."""
+    links = " · ".join(f'<a href="{up}{escape(page)}">{escape(name)}</a>' for name, page in ways)
+    rest = f'<a href="{up}{escape(more)}">all questions with the answers of all arms</a>'
+    shown = f"<p>{escape(listed)}; {rest}</p>" if listed else ""
+    question = f'<p class="question">{escape(" ".join(part for part in asked.common if part))}</p>' if asked.common else ""
+    recipe = f'<p class="axes">{axes}</p>' if axes else ""
     return (
-        f"<h1>{escape(arm.name)} on {escape(title_of(benchmark))} {marks_html(marks_of(results))}</h1>"
-        f'<p class="caption">{escape(" · ".join(facts))}</p><p class="axes">{_axes(arm)}</p>{question}{shown}'
-        f'<form class="filter">{radios}</form>'
+        f'<nav><a href="{up}{escape(home)}">report</a> › {links}</nav><h1>{escape(title)} {marks_html(marks_of(results))}</h1>'
+        f'<p class="caption">{escape(" · ".join(facts))}</p>{recipe}{question}{shown}'
     )
 
 
 def _axes(arm: Arm) -> str:
     return " ".join(f"<span><small>{escape(axis)}</small> {escape(value)}</span>" for axis, value in arm.axes.items())
-
-
-def _list(rows: Sequence[dict[str, Any]], sheet: pictures.Sheet | None, asked: dict[str, tuple[str, str]], first: int) -> str:
-    """The table of questions; first: the number of its first row, which others link to."""
-    parts = ['<div class="scroll"><table class="asked"><thead><tr>']
-    heads = [*(["image"] if sheet else []), "question", "options", "answered", "letter", ""]
-    parts += [f"<th>{head}</th>" for head in heads]
-    parts.append("</tr></thead><tbody>")
-    for at, row in enumerate(rows, first):
-        state = "right" if row["correct"] else "wrong" if row["valid"] else "wrong invalid"
-        parts.append(f'<tr class="{state}" id="r{at}">')
-        if sheet is not None:
-            place = sheet.places.get(row["id"])
-            tile = f'<div class="thumb" style="background-position:-{place[0]}px -{place[1]}px"></div>' if place else ""
-            parts.append(f"<td>{tile}</td>")
-        hint, question = asked.get(row["id"], ("", ""))
-        said = f"{escape(hint)} {escape(question)}".strip()
-        parts.append(f"<td>{said}{'<br>' if said else ''}<small>{escape(row['id'])} {escape(row['label'] or '')}</small></td><td>")
-        for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", row["options"] or [], strict=False):
-            text = f"{letter}. {escape(option)}"
-            text = f"<b>{text}</b>" if letter == row["answer"] else text
-            parts.append(f'<span class="given">{text}</span>' if letter == row["letter"] else f"<span>{text}</span>")
-        outcome = "✓" if row["correct"] else "✗" if row["valid"] else "invalid"
-        parts.append(f"</td><td><code>{escape(row['text'])}</code></td><td>{escape(row['letter'] or '–')}</td><td>{outcome}</td></tr>")
-    parts.append("</tbody></table></div>")
-    return "".join(parts)
-
-
-def _pager(arm: str, benchmark: str, page: int, count: int) -> str:
-    if count == 1:
-        return ""
-    names = [Path(rows_page(arm, benchmark, k)).name for k in range(1, count + 1)]
-    links = [f"<b>{k}</b>" if k == page else f'<a href="{escape(name)}">{k}</a>' for k, name in enumerate(names, 1)]
-    return f'<nav class="pager">page {" ".join(links)}</nav>'
 
 
 def _arm(results: Results, arm: Arm, pages: set[str], home: str) -> str:
@@ -165,21 +159,20 @@ def _arm(results: Results, arm: Arm, pages: set[str], home: str) -> str:
     scores = Table("scores", "Scores", columns, marks=marks_of(results))
     for benchmark in results.benchmarks:
         score, control = arm.scores.get(benchmark), arm.controls.get(benchmark)
-        cells = [Cell(title_of(benchmark), href=rows_page(arm.name, benchmark))]
+        page, permuted = rows_page(arm.name, benchmark), control_page(arm.name, benchmark)
+        cells = [Cell(title_of(benchmark), href=page)]
         if score is None:
-            cells += [number(None, reason=arm.missing.get(benchmark, "not run")), *(Cell("") for _ in range(5))]
+            reason = arm.missing.get(benchmark, NOT_RUN)
+            absent = Cell(NOT_RUN, reason=reason) if benchmark in arm.not_run else number(None, reason=reason)
+            cells += [absent, *(Cell("") for _ in range(5))]
         else:
             valid = None if score.valid is None else 100 * score.valid
-            cells += [
-                number(score.value, href=rows_page(arm.name, benchmark)),
-                number(score.stderr),
-                Cell(str(score.n or "")),
-                number(valid),
-            ]
-            cells += [number(score.chance), number(None if control is None else control.value, reason="no control for this arm")]
+            cells += [number(score.value, score.said, page), number(score.stderr, href=page), Cell(str(score.n or ""), href=page)]
+            cells += [number(valid, href=page), number(score.chance, href=page, reason=str(score.told.get("no_chance") or ""))]
+            cells.append(number(None if control is None else control.value, href=permuted, reason="no control for this arm"))
         scores.rows.append(cells)
     for group in results.groups:
-        mean = number(arm.value(group, results.groups), reason=arm.reason(group, results.groups))
+        mean = number(arm.value(group, results.groups), "", "#scores", arm.reason(group, results.groups))
         scores.rows.append([Cell(f"mean: {title_of(group)}"), mean, *(Cell("") for _ in range(5))])
     named = [Column(title, numeric=False) for title in ("stage", "kind", "identity")]
     stages = Table("stages", "Stages", [*named, Column("seconds")])
@@ -195,10 +188,3 @@ def _arm(results: Results, arm: Arm, pages: set[str], home: str) -> str:
         f'<p class="caption">{escape(kind + start)}</p><p class="axes">{_axes(arm)}</p>'
         f"{table_html(scores, '../', pages)}{curves_html(results, arm)}{table_html(stages, '../', pages)}"
     )
-
-
-def _write(folder: Path, name: str, text: str) -> str:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return name

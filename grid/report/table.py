@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from grid.results import NOT_RUN
+
 ABSENT = "–"
 
 
@@ -51,7 +53,7 @@ class Table:
         behind: dict[str, dict[str, list[str]]] = {}
         for cells in self.rows:
             for column, cell in zip(self.columns, cells, strict=True):
-                if cell.text == ABSENT and cell.reason:
+                if cell.text in (ABSENT, NOT_RUN) and cell.reason:
                     label = f"{column.group} {column.title}".strip()
                     behind.setdefault(cell.reason, {}).setdefault(cells[0].text, []).append(label)
         return [f"{ABSENT} {reason}: {_names(list(rows))}" for reason, rows in behind.items()]
@@ -99,6 +101,25 @@ def arm_page(arm: str) -> str:
 
 def rows_page(arm: str, benchmark: str, page: int = 1) -> str:
     return f"rows/{slug(arm)}/{slug(benchmark)}{'' if page == 1 else f'-{page}'}.html"
+
+
+def control_page(arm: str, benchmark: str, page: int = 1) -> str:
+    """Rows of an arm that was asked with images permuted."""
+    return f"control/{slug(arm)}/{slug(benchmark)}{'' if page == 1 else f'-{page}'}.html"
+
+
+def encoder_page(stage: str, page: int = 1) -> str:
+    """Rows of an encoder as a zero-shot classifier, by its stage."""
+    return f"encoders/{slug(stage)}{'' if page == 1 else f'-{page}'}.html"
+
+
+def beside_page(benchmark: str, page: int = 1) -> str:
+    """Every question of a benchmark with the answers of all arms side by side."""
+    return f"answers/{slug(benchmark)}{'' if page == 1 else f'-{page}'}.html"
+
+
+def benchmark_page(benchmark: str) -> str:
+    return f"benchmarks/{slug(benchmark)}.html"
 
 
 def confusions_page(benchmark: str) -> str:

@@ -14,7 +14,7 @@ from grid import stats
 from grid.effects import METHOD, Effect, Estimate
 from grid.plantext import scale
 from grid.report.table import ABSENT, Cell, Column, Table, arm_page, number, plain, probability, rows_page, span
-from grid.results import PER_CLASS, Arm, Results, Score
+from grid.results import NOT_RUN, Arm, Results, Score
 
 TITLES = {
     "fine_grained": "Fine-grained",
@@ -57,12 +57,18 @@ def marks_of(results: Results) -> list[str]:
     if results.partial:
         short = ", ".join(map(title_of, results.partial)) if len(results.partial) <= 3 else f"{len(results.partial)} benchmarks"
         marks.append(f"subset: not all questions of {short}")
-    waiting = sum(
-        1 for arm in results.arms if any(b in arm.missing and arm.missing[b] != "not planned for this arm" for b in results.benchmarks)
-    )
+    left_out = [b for b in results.benchmarks if any(b in arm.not_run for arm in results.arms)]
+    if left_out:
+        marks.append(f"{NOT_RUN}: {', '.join(map(title_of, left_out))}")
+    waiting = sum(1 for arm in results.arms if waits(arm))
     if results.directory is not None and waiting:
         marks.append(f"incomplete: scores missing for {waiting} of {len(results.arms)} arms")
     return marks
+
+
+def waits(arm: Arm) -> bool:
+    """Whether a score that was planned for the arm, and not left out on purpose, isn't there."""
+    return any(why != "not planned for this arm" and name not in arm.not_run for name, why in arm.missing.items())
 
 
 def _smaller(subsets: dict[str, dict[str, int]], allowed: int) -> str:
@@ -82,11 +88,7 @@ def average_interval(arm: Arm, names: Sequence[str]) -> stats.Interval | None:
 
 @lru_cache(maxsize=4096)
 def _average(scores: tuple[Score, ...]) -> stats.Interval:
-    samples = []
-    for score in scores:
-        answers = score.answers
-        assert answers is not None
-        samples.append(stats.sample(answers.correct, answers.labels if score.metric == PER_CLASS else None))
+    samples = [stats.sample(points.values, points.strata) for score in scores if (points := score.points) is not None]
     return stats.bootstrap(samples, seed=0).scaled(100.0)
 
 
@@ -94,11 +96,12 @@ def cell_of(arm: Arm, name: str, results: Results, detail: str = "") -> Cell:
     """A benchmark's cell links to its rows, a group's to the arm's page, which links to the rows of each benchmark."""
     value = arm.value(name, results.groups)
     if value is None:
-        return number(None, reason=arm.reason(name, results.groups))
+        reason = arm.reason(name, results.groups)
+        return Cell(NOT_RUN, reason=reason) if name in arm.not_run else number(None, reason=reason)
     linked = results.directory is not None
     score = arm.scores.get(name)
-    if score is not None and score.stderr is not None and not detail:
-        detail = f"± {plain(score.stderr)}"
+    if score is not None and not detail:
+        detail = ", ".join(part for part in (f"± {plain(score.stderr)}" if score.stderr is not None else "", score.said) if part)
     href = rows_page(arm.name, name) if score is not None and score.path is not None else arm_page(arm.name) if linked else ""
     return number(value, detail, href)
 
@@ -227,14 +230,14 @@ def effects_table(results: Results, effects: Sequence[Effect]) -> Table:
         change = f"{contrast.axis}: {' or '.join(contrast.start)} → {' or '.join(contrast.goal)}"
         href = f"#effect-{contrast.name}" if run and effect.pairs else ""
         theirs = "" if known.get("pairs") is None or (run and known["pairs"] == len(effect.pairs)) else f"(paper {known['pairs']})"
-        cells = [Cell(contrast.name.replace("_", " "), change, href), Cell(str(len(effect.pairs)), theirs)]
+        cells = [Cell(contrast.name.replace("_", " "), change, href), Cell(str(len(effect.pairs)), theirs, href)]
         for group, estimate in effect.groups.items():
             shrunk = f"{estimate.pairs} of {len(effect.pairs)} pairs" if 0 < estimate.pairs < len(effect.pairs) else ""
-            cells.append(number(estimate.mean, shrunk, reason=why, tone="strong" if is_clear(estimate) else "", signed=True))
+            cells.append(number(estimate.mean, shrunk, href, why, "strong" if is_clear(estimate) else "", signed=True))
             if run:
                 none = why if estimate.mean is None else "not every arm has its answers row by row"
-                cells.append(Cell(span(estimate.low, estimate.high, True) or ABSENT, reason="" if estimate.low is not None else none))
-                cells.append(Cell(probability(estimate.p_holm) or ABSENT))
+                cells.append(Cell(span(estimate.low, estimate.high, True) or ABSENT, "", href, "" if estimate.low is not None else none))
+                cells.append(Cell(probability(estimate.p_holm) or ABSENT, href=href))
             if printed:
                 cells.append(number(known.get(group), tone="published", signed=True, reason="no published effect"))
         table.rows.append(cells)

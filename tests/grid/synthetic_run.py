@@ -21,6 +21,7 @@ from PIL import Image
 
 from datasets_ray.rows import RowTable, row, write_rows
 from trainers.score import score, write
+from trainers.zeroshot import answers
 
 SPECIES = ("rose", "tulip", "iris", "lily", "poppy", "daisy", "aster", "lotus")
 LETTERS = "ABCDE"
@@ -135,6 +136,11 @@ class Maker:
         elif stage["kind"] == "zeroshot":
             summary = {"top1": 0.7, "top5": 0.95, "mean_per_class": 0.69, "among_choices": 0.8, "n": self.n, "value": 70.0, "stderr": 1.0}
             (folder / "scores.json").write_text(json.dumps(summary))
+            table = RowTable(self.store / stage["spec"]["rows"])
+            ids, labels, options, right = (table.column(name) for name in ("id", "label", "options", "answer"))
+            similar = np.random.default_rng(seed_of(stage["name"])).random((len(table), len(SPECIES)))
+            asked = {id: (list(shown), letter) for id, shown, letter in zip(ids, options, right)}
+            pq.write_table(answers(similar, list(SPECIES), list(ids), list(labels), asked), folder / "scored.parquet")
         done = {"stage": stage["id"], "summary": summary, "files": {}, "seconds": 1.5, "token": 1, "run": "0"}
         (folder / "DONE.json").write_text(json.dumps(done))
 
@@ -149,7 +155,8 @@ class Maker:
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
             shown = {"images": [{"bytes": buffer.getvalue()}], "question": "What type of object is in this photo?", "options": options}
-            rows.append(row(f"q{k:04d}", **shown, answer=LETTERS[answer], label=options[answer]))
+            family = {"family": f"genus-{SPECIES.index(options[answer]) // 4}"}
+            rows.append(row(f"q{k:04d}", **shown, answer=LETTERS[answer], label=options[answer], meta=family))
         return rows
 
     def predict(self, stage: dict[str, Any], folder: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_report_leads_from_a_benchmark_to_confusions_to_their_rows(tmp_path: P
     assert made is not None
     pair = confusions.top(made, made.confused, 1)[0]
     true, taken, times = made.classes[pair[0]], made.classes[pair[1]], made.confused[pair]
-    assert f'<tr><td>{true}</td><td>{taken}</td><td class="number">{times}</td>' in text
+    assert f'<tr><td>{true}</td><td>{taken}</td><td class="number"><a href="../answers/pets.html">{times}</a></td>' in text
     link = re.search(r'<a class="example" href="../rows/([^"]+)/pets.html#r(\d+)"', text)
     assert link is not None
     scored = pq.read_table(load_run(out).named(link[1]).scores["pets"].path).to_pylist()[int(link[2])]  # type: ignore[union-attr]

@@ -123,7 +123,9 @@ def test_effect_is_the_mean_difference_of_its_pairs(run: Path) -> None:
 def test_every_page_nests_and_every_local_link_resolves(run: Path) -> None:
     folder = run / "report"
     pages = {path: Page(path.read_text()) for path in folder.rglob("*.html")}
-    assert len(pages) == 1 + 5 + 5 * 3 + 3, "the report, arms, their rows, confusions of each benchmark"
+    per_benchmark = 3 * 3 + 3 + 2 * 2
+    said = "the report, arms, their rows; each benchmark's page, confusions and side-by-side answers; controls; encoders alone"
+    assert len(pages) == 1 + 5 + 5 * 3 + per_benchmark, said
     for path, page in pages.items():
         assert not page.stack, f"{path.name} leaves {page.stack} open"
         assert len(page.ids) == len(set(page.ids)), f"{path.name} repeats an id"
@@ -344,7 +346,7 @@ def test_published_table_alone_makes_the_same_report(tmp_path: Path, capsys: pyt
     [
         ([], "either a run directory or --published"),
         (["--published", "fine_graned"], "did you mean 'fine_grained'"),
-        (["nowhere"], "plan.json is missing"),
+        (["nowhere"], "no such folder"),
         (["somewhere", "--table", "x.csv"], "--table needs --published"),
         (["--published", "fine_grained", "--table", "nothing.csv"], "no table nothing.csv"),
     ],
@@ -369,5 +371,5 @@ def test_a_run_that_has_nothing_yet_still_reports(tmp_path: Path) -> None:
 
 def test_a_damaged_plan_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"study": ')
-    with pytest.raises(UserError, match="is not JSON"):
+    with pytest.raises(UserError, match="plan.json can't be read"):
         load_run(tmp_path)

@@ -10,16 +10,15 @@ on purpose is written in `Rule.deviations`. No rule ever guesses: what it can't 
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import string
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
-from datasets_ray.errors import UserError, nearest, run_command
+from datasets_ray.errors import Parser, UserError, nearest, run_command
 
 LETTERS = string.ascii_uppercase
 REFUSED = "Z"
@@ -208,16 +207,31 @@ def _case(line: str, number: int) -> tuple[str, dict[str, str]]:
 
 
 def read_cases(rule: str, lines: Iterable[str], out: TextIO) -> int:
-    """One JSON case a line in, one `{"letter": ...}` a line out; a bad line is a UserError with its number. Returns the number read."""
-    chosen, number = rule_named(rule), 0
+    """One JSON case a line in, one `{"letter": ...}` a line out; a bad line is a UserError with its number, blank ones at the end are
+    none. Returns the number of cases."""
+    chosen, count, blank = rule_named(rule), 0, 0
     for number, line in enumerate(lines, 1):
-        answer, options = _case(line, number)
+        if not line.strip():
+            blank = blank or number
+            continue
+        answer, options = _case("" if blank else line, blank or number)
         out.write(json.dumps({"letter": chosen.read(answer, options)}) + "\n")
-    return number
+        count += 1
+    return count
+
+
+def _utf8(stream: BinaryIO) -> Iterator[str]:
+    """Lines of UTF-8 text, whatever the locale says; a byte order mark in front is left out."""
+    for number, line in enumerate(stream, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            what = f"byte {error.start + 1} of the line is not UTF-8"
+            raise UserError(what, hint="write the cases as UTF-8", where=f"line {number}") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasets_ray.answers", description="What an answer rule makes of an answer.")
+    parser = Parser(prog="python -m datasets_ray.answers", description="What an answer rule makes of an answer.")
     parser.add_argument("--rule", default=None, help=f"one of {', '.join(RULES)}")
     parser.add_argument("--list", action="store_true", help="print the rules, their sources and deviations")
     options = parser.parse_args(arguments)
@@ -228,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.rule is None:
         raise UserError("no rule named", hint=f"--rule NAME with one of {', '.join(RULES)}")
-    read_cases(options.rule, sys.stdin, sys.stdout)
+    read_cases(options.rule, _utf8(sys.stdin.buffer), sys.stdout)
     return 0
 
 

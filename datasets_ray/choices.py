@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from datasets_ray.answers import LETTERS
-from datasets_ray.errors import UserError, run_command
+from datasets_ray.errors import Parser, UserError, run_command
 from datasets_ray.foci_files import FociQuestion, read_foci, write_foci
 from datasets_ray.negatives import Negatives, from_annotations, from_similarities
 from datasets_ray.rows import SCHEMA, RowTable, row, write_manifest, write_table
@@ -223,7 +223,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasets_ray.choices", description="Multiple-choice sets with hard negatives.")
+    parser = Parser(prog="python -m datasets_ray.choices", description="Multiple-choice sets with hard negatives.")
     commands = parser.add_subparsers(dest="command", required=True)
     build = commands.add_parser("build", help="questions from similarities, annotations or a FOCI file")
     source = build.add_mutually_exclusive_group(required=True)

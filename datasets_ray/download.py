@@ -10,7 +10,6 @@ lost once more). http and https only, redirects included.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.columns import Columns
-from datasets_ray.errors import UserError, run_command
+from datasets_ray.errors import Parser, UserError, run_command
 from datasets_ray.fetch import Fetch, Limits, image_path
 from datasets_ray.images import MAX_BYTES
 
@@ -173,7 +172,7 @@ def _files(names: Sequence[str]) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m datasets_ray.download", description="Fetches the images that a Parquet column names.")
+    parser = Parser(prog="python -m datasets_ray.download", description="Fetches the images that a Parquet column names.")
     parser.add_argument("parquet", nargs="+", help="Parquet files, or folders of them")
     parser.add_argument("--images", required=True, help="folder to fill")
     parser.add_argument("--column", default="image_url", help="column of the addresses (image_url)")

@@ -5,9 +5,11 @@ It lives in the lowest room because every room raises it and imports run one way
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -46,6 +48,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return f"did you mean {close[0]!r}?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"known: {shown}" if shown else "nothing is known here"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are `UserError`s: exit code 1 as for any mistake (argparse's 2 means failed arms here)."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        flag = next((word for word in message.split() if word.startswith("--") and word not in self._option_string_actions), None)
+        meant = nearest(flag.partition("=")[0], (o for o in self._option_string_actions if o.startswith("--"))) if flag else ""
+        raise UserError(message, hint=f"{meant + ' ' if meant.startswith('did') else ''}{self.prog} --help tells the words")
 
 
 def run_command(main: Callable[..., int | None], *arguments: object) -> int:

@@ -157,7 +157,8 @@ _RENAMED = {"fit": "fit_by"}
 def recipe_from_json(data: Mapping[str, Any]) -> ImageRecipe:
     """`{"kind": "square", "size", "patch", "fit", "mean", "std"}` or `{"kind": "native", "patch", "merge", "min_pixels", ...}`.
 
-    Raises UserError for an unknown kind, key or fit, and for a size that the patch doesn't divide.
+    Raises UserError for an unknown kind, key or fit, and for a size without one patch. Pixels beyond the last whole patch are left out, as
+    a vision transformer's first convolution does (SigLIP's 384 pixels are 27 patches of 14).
     """
     kind = data.get("kind")
     if kind not in RECIPES:
@@ -173,8 +174,8 @@ def recipe_from_json(data: Mapping[str, Any]) -> ImageRecipe:
         raise UserError(f"image recipe {kind!r} lacks {', '.join(missing)}", why=f"got {dict(data)}")
     if given.get("fit_by", "crop") not in FITS:
         raise UserError(f"unknown fit {given['fit_by']!r}", hint=nearest(given["fit_by"], FITS))
-    if given["patch"] < 1 or given.get("size", given["patch"]) % given["patch"]:
-        raise UserError(f"image size {given.get('size')} isn't a multiple of patch {given['patch']}", why="patches tile the image")
+    if given["patch"] < 1 or given.get("size", given["patch"]) < given["patch"]:
+        raise UserError(f"image size {given.get('size')} is less than a patch of {given['patch']}", why="patches tile the image")
     return RECIPES[kind](**given)
 
 

@@ -52,7 +52,8 @@ class Encoded:
 
 @lru_cache(maxsize=16)
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """A fast transformers tokenizer, once per process: a committed name (`tiny-llama`), a directory or a hub id. Runs no remote code."""
+    """A fast transformers tokenizer, once per process: a committed name (`tiny-llama`), a directory, or a hub id (`owner/name`, or
+    `owner/name@revision` as plans write a checkpoint that is pinned). Runs no remote code."""
     committed = COMMITTED / name
     if (committed / "tokenizer.json").is_file() and "/" not in name:
         from transformers import PreTrainedTokenizerFast
@@ -60,8 +61,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         return PreTrainedTokenizerFast.from_pretrained(committed)
     from transformers import AutoTokenizer
 
+    place = name
+    if revision is None and "@" in name and not Path(name).exists():
+        place, _, revision = name.rpartition("@")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         known = sorted(p.name for p in COMMITTED.iterdir() if (p / "tokenizer.json").is_file())
         hint = f"a directory, a hub id, or one of {', '.join(known)}"

@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "keys": ("grid.keys", "every key of study and profile files, with its meaning"),
     "mine": ("trainers.mine", "image-label similarities of a CLIP, cached by identity"),
     "evaluate": ("trainers.evaluate", "one model on benchmarks"),
+    "export": ("trainers.export", "a finished arm as a Hugging Face directory"),
+    "download": ("datasets_ray.download", "fetch the images that a data set only names: resumes, checks, records what is dead"),
     "choices": ("datasets_ray.choices", "multiple-choice sets from similarities or annotations"),
     "answers": ("datasets_ray.answers", "what an answer rule makes of an answer"),
 }

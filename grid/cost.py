@@ -78,26 +78,13 @@ class Estimator:
                 continue
             key = (family, name, part["builder"], id(config))
             if key not in self._parts:
-                self._parts[key] = config, self._shape(family, name, part["builder"], config)
+                self._parts[key] = config, shapes.of(family, name, part["builder"], config)
             if (shape := self._parts[key][1]) is not None:
                 found[name] = shape
         if "connector" not in found and "connector" in parts and {"encoder", "llm"} <= found.keys():
             depth = parts["connector"]["config"].get("depth", 1 if parts["connector"]["builder"] == "linear" else 2)
             found["connector"] = shapes.connector(depth, found["encoder"].width, found["llm"].width)
         return found
-
-    def _shape(self, family: str, name: str, builder: str, config: dict[str, Any]) -> Shape | None:
-        if builder == "qwen2_vl" or "vision_config" in config:
-            return shapes.qwen2_vl(config)[name]
-        if name == "llm":
-            return shapes.language_model(config)
-        if name == "encoder":
-            if builder == "transformers_vision":
-                return shapes.transformers_tower(config)
-            if family == "clip":
-                return shapes.vision_tower(config["vision_cfg"], config["embed_dim"])
-            return shapes.vision_tower(config["vision_cfg"], skip=1)
-        return None
 
     def params(self, model: dict[str, Any], part: str) -> int:
         """All parameters of a part; a clip's are both towers."""

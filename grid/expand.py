@@ -12,9 +12,9 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any
 
 from datasets_ray.errors import nearest
-from grid.schema import Reader, _fields
+from datasets_ray.schema import Reader, _fields
+from datasets_ray.yamlfile import Node, merged, nested
 from grid.study import NAME, ArmEntry, Recipe, Reference, Study, Training
-from grid.yamlfile import Node, merged, nested
 
 SECTIONS = ("pretrain", "finetune", "connector")
 
@@ -35,6 +35,8 @@ class Arm:
     """Recipe keys set beyond the axes."""
     stands_in: bool = False
     """A reference that the profile trains itself, for want of the released weights."""
+    content: Any = None
+    """What its recipe says, seed and all: equal for arms that train the same."""
 
 
 def expand(study: Study, recipe: Node, reader: Reader) -> list[Arm]:
@@ -55,12 +57,13 @@ def expand(study: Study, recipe: Node, reader: Reader) -> list[Arm]:
             name = _named(entry, axes, point, seed, reader, where)
             if built is not None and name is not None:
                 plain = {path: node.plain() for path, node in changes.items()}
-                arms.append(Arm(name, entry.row, "trained", axes, built, where, changes=plain))
+                arms.append(Arm(name, entry.row, "trained", axes, built, where, changes=plain, content=maker.content(built)))
     for index, reference in enumerate(study.references):
         where = reader.marks[f"references[{index}]"]
         built = maker.recipe(axes := {**study.base, **reference.at}, {})
         if built is not None:
-            arms.append(Arm(reference.name, reference.row, "released", axes, built, where, reference.released, {}))
+            of = reference.released
+            arms.append(Arm(reference.name, reference.row, "released", axes, built, where, of, {}, content=(of, maker.content(built))))
     _no_twins(arms, reader)
     return arms
 
@@ -104,7 +107,7 @@ def _no_twins(arms: list[Arm], reader: Reader) -> None:
     rows: dict[int, Arm] = {}
     contents: dict[Any, Arm] = {}
     for arm in arms:
-        content = (arm.released, tuple(arm.axes.values()), repr(sorted((arm.changes or {}).items())))
+        content = (tuple(arm.axes.values()), arm.content)
         if (twin := names.setdefault(arm.name, arm)) is not arm:
             reader.error(f"arm {arm.name!r} defined twice", why=f"also at {twin.where}", hint="names are unique", where=arm.where)
         elif (twin := contents.setdefault(content, arm)) is not arm:
@@ -132,6 +135,9 @@ class Maker:
         self.cache: dict[Any, Any] = {}
         self.kept: list[Any] = []
         self.told: set[str] = set()
+        self.texts: dict[int, str] = {}
+        """Identity of a section → what it says."""
+        self.compared: set[Any] = set()
         self.effects = {(axis, value): self._effects(axis, value) for axis, values in study.axes.items() for value in values}
 
     def _effects(self, axis: str, value: str) -> dict[str, Node]:
@@ -143,17 +149,11 @@ class Maker:
     def recipe(self, axes: dict[str, str], changes: dict[str, Node]) -> Recipe | None:
         """The typed recipe, or None after telling what is wrong."""
         touched: dict[str, list[tuple[str, Node]]] = {}
-        owner: dict[str, tuple[str, Node]] = {}
-        for axis, value in axes.items():
-            for path, node in self.effects[axis, value].items():
-                if path in owner and owner[path][1].plain() != node.plain():
-                    other, first = owner[path]
-                    self._tell(
-                        f"{path} is set by axis {other!r} and by axis {axis!r}",
-                        why=f"to different values, the other at {first.where}",
-                        where=node.where,
-                    )
-                owner[path] = axis, node
+        points = list(axes.items())
+        for index, point in enumerate(points):
+            for other in points[: index + 1]:
+                self._compare(other, point)
+            for path, node in self.effects[point].items():
                 touched.setdefault(path.split(".")[0], []).append((path, node))
         for path, node in changes.items():
             touched.setdefault(path.split(".")[0], []).append((path, node))
@@ -167,6 +167,36 @@ class Maker:
             for path, node in edits:
                 self._tell(f"{path}: no key of the recipe", hint=nearest(path, _paths()), where=node.where)
         return None if touched else Recipe(**values)
+
+    def content(self, recipe: Recipe) -> Any:
+        """What the recipe says, as something to compare and to hash."""
+        values = {name: getattr(recipe, name) for name in _fields(Recipe)}
+        values["seed"] = self.study.seed if recipe.seed is None else recipe.seed
+        return tuple(self.texts.get(id(value)) or repr(value) for value in values.values())
+
+    def _compare(self, one: tuple[str, str], two: tuple[str, str]) -> None:
+        """Tells where two axis values (or two keys of one) set the same recipe key to different values: the later would undo the other."""
+        if (one, two) in self.compared:
+            return
+        self.compared.add((one, two))
+        for index, (first, a) in enumerate(self._leaves(one)):
+            for second, b in self._leaves(two)[index + 1 if one == two else 0 :]:
+                apart = not f"{first}.".startswith(f"{second}.") and not f"{second}.".startswith(f"{first}.")
+                if apart or (first == second and a.plain() == b.plain()):
+                    continue
+                said = f"{first} is set by axis {one[0]!r} and by" if first == second else f"{first} is set by axis {one[0]!r}, {second} by"
+                self._tell(f"{said} axis {two[0]!r}", why=f"to different values, the other at {a.where}", where=b.where)
+
+    def _leaves(self, point: tuple[str, str]) -> list[tuple[str, Node]]:
+        """(dotted key, node) of all that an axis value sets, mappings opened."""
+        found, waiting = [], list(self.effects[point].items())
+        while waiting:
+            path, node = waiting.pop(0)
+            if isinstance(node.value, dict):
+                waiting += [(f"{path}.{key}", child) for key, child in node.value.items()]
+            else:
+                found.append((path, node))
+        return found
 
     def _section(self, name: str, edits: list[tuple[str, Node]]) -> tuple[Any] | None:
         """One field of the recipe with its edits, typed; in a tuple, since the value itself may be None."""
@@ -189,6 +219,7 @@ class Maker:
                     self.reader.errors.append(error)
             result = None if reader.errors else (value,)
             self.reader.sections[id(value)] = value, reader.marks
+            self.texts[id(value)] = repr(value)
         self.cache[marker] = result
         self.kept.append(edits)  # so that the ids in the cache's keys stay taken
         return result

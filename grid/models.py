@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from datasets_ray.errors import UserError
+from datasets_ray.policy import MOST_DROPPED
 from grid.graph import Graph
 from grid.load import as_plain
-from grid.profile import Asset, Data, Image, Profile
+from grid.profile import CLIP, Asset, Data, Image, Profile
 from grid.study import Evaluation, Study, Training
 from trainers import families
 from trainers.specs import trained as trained_weights
@@ -22,8 +23,6 @@ BUILDERS: dict[str, dict[str, str]] = {
     "existing": {"model": "transformers"},
 }
 """Family of a whole model → who builds its parts."""
-MOST_DROPPED = 0.01
-"""Share of a published data set's records that may be dropped where the study doesn't say (`limits.dropped`)."""
 
 
 class Assets:
@@ -80,9 +79,10 @@ class Assets:
 
     @staticmethod
     def _image(image: Image, fit: str | None) -> Spec:
+        colours = {"mean": image.mean or list(CLIP[0]), "std": image.std or list(CLIP[1])}
         if image.kind == "native":
-            return {key: getattr(image, key) for key in ("kind", "patch", "merge", "min_pixels", "max_pixels", "mean", "std")}
-        return {"kind": "square", "size": image.size, "patch": image.patch, "fit": fit or "crop", "mean": image.mean, "std": image.std}
+            return {key: getattr(image, key) for key in ("kind", "patch", "merge", "min_pixels", "max_pixels")} | colours
+        return {"kind": "square", "size": image.size, "patch": image.patch, "fit": fit or "crop", **colours}
 
     def clip(self, name: str) -> Spec:
         """A whole CLIP (both towers): mines, embeds, classifies. Its part `encoder` is an arm's vision encoder."""
@@ -121,7 +121,7 @@ class Assets:
                 first = self.llm(asset.initial)
                 model: Spec = {**first, "parts": dict(first["parts"])}
             else:
-                tokenizer = asset.tokenizer or asset.checkpoint
+                tokenizer = asset.tokenizer or _pinned(asset)
                 model = {"family": "causal_lm", "tokenizer": tokenizer, "parts": {"llm": self._part("causal_lm", asset, asset.seed)}}
             model["template"] = self.template(name)
             if asset.tokenizer:
@@ -155,7 +155,7 @@ class Assets:
                 image = asset.image or Image(size=336, patch=14)
                 template = asset.template or self.template(llm)
                 parts = {part: self._part(builder, asset, asset.seed, part) for part, builder in BUILDERS[asset.family].items()}
-                model = {"family": asset.family, "template": template, "tokenizer": asset.tokenizer or asset.checkpoint, "parts": parts}
+                model = {"family": asset.family, "template": template, "tokenizer": asset.tokenizer or _pinned(asset), "parts": parts}
             for index, training in enumerate(asset.trained):
                 label = f"model {name}" + (f" {index + 1}/{len(asset.trained)}" if len(asset.trained) > 1 else "")
                 model = self.train(model, training, label, self.image(image, training.fit), asset.seed)
@@ -226,6 +226,11 @@ class Assets:
             trained = {part for phase in training.phases for part in phase.learning_rates}
             self._known[key] = spec, rows, facts, trained, (training, image)
         return self._known[key][:4]
+
+
+def _pinned(asset: Asset) -> str | None:
+    """The checkpoint's tokenizer as `datasets_ray.tokens.load_tokenizer` takes it: of the revision that its weights are of."""
+    return f"{asset.checkpoint}@{asset.revision}" if asset.checkpoint and asset.revision else asset.checkpoint
 
 
 def asked(model: Spec, how: Evaluation) -> tuple[str, list[str]]:

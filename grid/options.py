@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
+from datasets_ray import errors
 from datasets_ray.errors import UserError
+
+SETTING = re.compile(r"[A-Za-z_][\w.+-]*=")
+"""A word that goes on with the settings of a `--set` before it; a study's path with `=` in a folder's name has a slash before that."""
+
+
+class Parser(errors.Parser):
+    """Takes `--set A=1 B=2` as well as `--set A=1 --set B=2`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words: list[str] = []
+        settings = False
+        for word in sys.argv[1:] if args is None else args:
+            if settings and words[-1] != "--set" and SETTING.match(word):
+                words.append("--set")
+            settings = word == "--set" or (settings and not word.startswith("-") and words[-1] == "--set")
+            words.append(word)
+        return super().parse_known_args(words, namespace)
 
 
 def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     """An argument parser whose help is the module's docstring."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    return Parser(prog=f"python -m {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def study(to: argparse.ArgumentParser) -> None:
@@ -38,7 +56,7 @@ def simulation(to: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--assume", metavar="KEY=VALUE", action="append", default=[],
         help="what the plan doesn't say: start_seconds, restart_seconds, stage_seconds, gib_per_second, seed (repeatable)",
-    )
+    )  # fmt: skip
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> None:

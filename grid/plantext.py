@@ -182,4 +182,6 @@ def _assumptions(study: dict[str, Any]) -> str:
     if study["notices"]:
         lines.append(f"{study['compatibility']}, and what still differs from it:")
         lines += [f"  - {notice}" for notice in study["notices"]]
+    if study["doubts"]:
+        lines += ["doubtful:", *(f"  - {doubt}" for doubt in study["doubts"])]
     return "\n".join(lines)

@@ -36,9 +36,9 @@ class RunDirectory:
         """Locks the directory and starts a new epoch. Raises UserError: another driver is alive, or another study lives here."""
         path = path.absolute()
         existing = path / RUN
-        if path.exists() and not existing.exists() and any(p.name != "run.lock" for p in path.iterdir()):
+        if path.is_dir() and not existing.exists() and any(p.name != "run.lock" for p in path.iterdir()):
             raise UserError(f"{path} is not a run directory", why="it holds other files and no run.json", hint="give an empty or new --out")
-        path.mkdir(parents=True, exist_ok=True)
+        writable(path, "--out DIR")
         lock = (path / "run.lock").open("a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +50,7 @@ class RunDirectory:
         lock.truncate()
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
-        data = json.loads(existing.read_text()) if existing.exists() else {}
+        data = read_json(existing, "id", "epoch", "study") if existing.exists() else {}
         if data and data["study"] != study and not fresh:
             what = f"{path} holds a run of the study {data['study']!r}, not {study!r}"
             raise UserError(what, hint="give another --out, or --fresh to start over")
@@ -104,6 +104,31 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=1))
     os.replace(temporary, path)
+
+
+def writable(path: Path, hint: str) -> None:
+    """Makes the folder; UserError where it can't be, or can't be written into."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} is a file", why="a folder is needed", hint=hint) from None
+    except OSError as error:
+        raise UserError(f"{path} can't be written", why=error.strerror or str(error), hint=hint) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{path} can't be written", why="no permission", hint=hint)
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """An object that a run wrote, with these keys. Raises UserError for a file that is damaged or somebody else's."""
+    hint = "give the --out of a grid.run; a damaged one is started over by --fresh in a new directory"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read", why=str(error).splitlines()[0], hint=hint) from None
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise UserError(f"{path} was not written by grid.run", why=f"it has no {missing[0]!r}", hint=hint)
+    return found
 
 
 def alive(path: Path) -> bool:

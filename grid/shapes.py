@@ -56,6 +56,8 @@ def language_model(config: dict[str, Any]) -> Shape:
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     heads = config["num_attention_heads"]
     kv = config.get("num_key_value_heads") or heads
+    if heads % kv or (width % heads and not config.get("head_dim")):
+        raise ValueError(f"hidden_size {width}, {heads} heads, {kv} key-value heads: each must divide the one before")
     head_dim = config.get("head_dim") or width // heads
     vocabulary = config["vocab_size"]
     kind = str(config.get("model_type", "llama"))
@@ -102,8 +104,10 @@ def vision_tower(vision: dict[str, Any], embed_dim: int | None = None, skip: int
 
 
 def transformers_tower(config: dict[str, Any], skip: int = 1) -> Shape:
-    """A CLIP or SigLIP vision tower from its Hugging Face config, without what stands above its last `skip` blocks."""
-    ratio = config["intermediate_size"] / config["hidden_size"]
+    """A CLIP, SigLIP or DINOv2 vision tower from its Hugging Face config, without what stands above its last `skip` blocks."""
+    if isinstance(config.get("vision_config"), dict):  # a composite's
+        config = config["vision_config"]
+    ratio = config["intermediate_size"] / config["hidden_size"] if "intermediate_size" in config else config["mlp_ratio"]
     vision = {"width": config["hidden_size"], "layers": config["num_hidden_layers"], "mlp_ratio": ratio}
     vision["heads"] = config.get("num_attention_heads")
     return vision_tower({**vision, "image_size": config["image_size"], "patch_size": config["patch_size"]}, skip=skip)
@@ -165,3 +169,28 @@ def image_tokens(recipe: dict[str, Any]) -> tuple[float, float]:
     area = min(max(640 * 480, recipe.get("min_pixels") or 0), recipe.get("max_pixels") or 640 * 480)
     patches = area / recipe["patch"] ** 2
     return patches, patches / (recipe.get("merge") or 1) ** 2
+
+
+KNOWN_LLMS = ("llama", "mistral", "qwen2", "qwen3")
+"""Language models whose configs `language_model` reads; others may call the same numbers otherwise."""
+
+
+def of(family: str, name: str, builder: str, config: dict[str, Any]) -> Shape | None:
+    """The shape of a model's part from its architecture numbers; None where they are of a kind whose names aren't known here. Raises
+    KeyError, TypeError, ValueError or ZeroDivisionError for numbers that are missing or can't be."""
+    if builder == "qwen2_vl" or ("vision_config" in config and name != "encoder"):
+        return qwen2_vl(config)[name]
+    if name == "llm":
+        if str(config.get("model_type", "llama")).startswith(KNOWN_LLMS):
+            return language_model(config)
+        try:
+            return language_model(config)
+        except KeyError:
+            return None
+    if name == "encoder":
+        if builder == "transformers_vision" or "vision_cfg" not in config:
+            return transformers_tower(config, skip=0 if family == "clip" else 1)
+        if family == "clip":
+            return vision_tower(config["vision_cfg"], config["embed_dim"])
+        return vision_tower(config["vision_cfg"], skip=1)
+    return None

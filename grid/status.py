@@ -6,24 +6,25 @@ In: plan.json, run.json, ledger.jsonl, the store's finished stages, the last met
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
+from grid import options
 from grid.display import duration
 from grid.jsonl import read_lines
-from grid.rundir import alive
+from grid.rundir import alive, read_json
 
 
 def status(directory: Path) -> dict[str, Any]:
     """The run's state. Raises UserError when there is no run."""
     if not (directory / "plan.json").is_file() or not (directory / "run.json").is_file():
         raise UserError(f"{directory} is not a run directory", why="no plan.json in it", hint="give the --out of a grid.run")
-    plan, run = json.loads((directory / "plan.json").read_text()), json.loads((directory / "run.json").read_text())
+    plan = read_json(directory / "plan.json", "study", "stages", "arms")
+    run = read_json(directory / "run.json", "state", "epoch")
     store = Path(run.get("store", directory / "store"))
     names = {stage["id"]: stage["name"] for stage in plan["stages"]}
     done = {identity for identity in names if (store / identity / "DONE.json").is_file()}
@@ -78,19 +79,15 @@ def render(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m grid.status", description="How a run stands.")
-    parser.add_argument("directory", type=Path, metavar="DIR")
-    parser.add_argument("--json", action="store_true")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = options.parser("grid.status", __doc__)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a run directory (the --out of a grid.run)")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
     arguments = parser.parse_args(argv)
-    try:
-        found = status(arguments.directory)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = status(arguments.directory)
     print(json.dumps(found, indent=1) if arguments.json else render(found))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    options.run(main)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError, nearest
+from datasets_ray.schema import Reader, registered
 from grid import devices
 from grid.profile import Asset, Profile
-from grid.schema import Reader
 from grid.study import Training
 from trainers import families
 
 PARTS = ("encoder", "connector", "llm")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def known(name: str, names: Iterable[str], what: str, path: str, reader: Reader, where: str = "") -> bool:
@@ -26,17 +23,6 @@ def known(name: str, names: Iterable[str], what: str, path: str, reader: Reader,
         return True
     reader.error(f"{path}: unknown {what} {name!r}", hint=nearest(name, names), where=where, at=path)
     return False
-
-
-@functools.cache
-def registered(file: str, table: str) -> tuple[str, ...]:
-    """Keys of a module's literal table, read from its text: importing it would load torch or pyarrow."""
-    for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        if any(getattr(target, "id", "") == table for target in targets):
-            assert isinstance(node.value, ast.Dict), f"{table} of {file} is a literal"  # type: ignore[attr-defined]
-            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))  # type: ignore[attr-defined]
-    raise AssertionError(f"{file} has a table {table}")
 
 
 def objectives() -> tuple[str, ...]:

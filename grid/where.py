@@ -26,6 +26,7 @@ class Clause:
 
 def parse_where(text: str, keys: Iterable[str], at: str = "") -> tuple[Clause, ...]:
     """The clauses of a `where`; keys are the axes. Raises UserError naming the clause that is wrong."""
+    keys = list(keys)
     known, clauses = [*keys, *FACTS], []
     for part in filter(None, (piece.strip() for piece in text.split(";"))):
         negated = "!=" in part
@@ -40,5 +41,7 @@ def parse_where(text: str, keys: Iterable[str], at: str = "") -> tuple[Clause, .
             )
         if key not in known:
             raise UserError(f"where names {key!r}", why="neither an axis nor row, source, init, name", hint=nearest(key, known), where=at)
+        if key == "row" and key not in keys and not all(value.isdigit() for value in values):
+            raise UserError(f"cannot read the clause {part!r} of where {text!r}", why="a row is a number", hint="row!=2", where=at)
         clauses.append(Clause(key, values, negated))
     return tuple(clauses)

@@ -11,7 +11,6 @@ anything is refused.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets_ray.errors import UserError, run_command
+from datasets_ray.errors import Parser, UserError, run_command
 from trainers.interchange.arm import Arm, open_arm
 
 SHARD = "5GB"
@@ -106,7 +105,7 @@ def ask(processor: Any, row: dict[str, Any], suffix: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m trainers.export", description="A finished arm as a Hugging Face directory.")
+    parser = Parser(prog="python -m trainers.export", description="A finished arm as a Hugging Face directory.")
     parser.add_argument("arm", help="RUN_DIR/ARM of a grid run, or the artefact directory of a train stage")
     parser.add_argument("directory", help="what to write: new or empty")
     parser.add_argument("--recipe", help="ImageRecipe as JSON or a file (default: the one the arm is asked with)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,21 @@ def test_command_ends_with_one_message(repository: Path) -> None:
     done = subprocess.run(command, input="{\n", capture_output=True, text=True, cwd=repository)
     assert done.returncode == 1
     assert "line 1" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "POSIX"])
+def test_command_reads_utf8_whatever_the_locale(repository: Path, locale: str) -> None:
+    command = [sys.executable, "-X", "utf8=0", "-m", "datasets_ray.answers", "--rule", "vlmevalkit"]
+    case = json.dumps({"answer": "un Épagneul", "options": {"A": "épagneul", "B": "猫"}}, ensure_ascii=False)
+    second = json.dumps({"answer": "(B)", "options": {"A": "x", "B": "y"}})
+    environment = {**os.environ, "LC_ALL": locale, "PYTHONCOERCECLOCALE": "0"}
+    text = f"\ufeff{case}\r\n{second}\r\n\n  \n".encode()
+    done = subprocess.run(command, input=text, capture_output=True, cwd=repository, env=environment)
+    assert (done.returncode, done.stdout) == (0, b'{"letter": "A"}\n{"letter": "B"}\n'), done.stderr
+    done = subprocess.run(command, input=second.encode() + b"\n\xff\n", capture_output=True, cwd=repository, env=environment)
+    assert done.returncode == 1 and b"line 2: byte 1 of the line is not UTF-8" in done.stderr and b"Traceback" not in done.stderr
+    done = subprocess.run(command, input=b"", capture_output=True, cwd=repository, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_list_shows_sources_and_deviations(capsys: pytest.CaptureFixture[str]) -> None:

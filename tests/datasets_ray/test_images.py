@@ -140,7 +140,7 @@ def test_what_cannot_be_used_says_why(tmp_path: Path, monkeypatch):
     [
         {"kind": "round"},
         {"kind": "square", "size": 32},
-        {"kind": "square", "size": 32, "patch": 5},
+        {"kind": "square", "size": 4, "patch": 5},
         {"kind": "square", "size": 32, "patch": 8, "fit": "stretch"},
         {"kind": "square", "size": 32, "patch": 8, "pool": 2},
     ],
@@ -152,3 +152,10 @@ def test_a_wrong_recipe_is_a_user_error(wrong):
 
 def test_mean_defaults_to_clips():
     assert recipe_from_json({"kind": "square", "size": 32, "patch": 8}).mean == CLIP_MEAN
+
+
+def test_pixels_beyond_the_last_whole_patch_make_no_token():
+    """SigLIP so400m: 384 pixels in patches of 14, as its convolution takes them."""
+    recipe = recipe_from_json({"kind": "square", "size": 384, "patch": 14})
+    assert recipe.layout(640, 480).tokens == 27 * 27
+    assert recipe.fit(Image.new("RGB", (640, 480))).shape == (384, 384, 3)

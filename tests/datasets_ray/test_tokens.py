@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import string
+import subprocess
+import sys
 from functools import lru_cache
 
 import numpy as np
@@ -271,3 +274,31 @@ def test_letters_and_species_are_single_tokens(name):
 def test_an_unknown_tokenizer_says_what_there_is():
     with pytest.raises(UserError, match="tiny-llama"):
         load_tokenizer("./no-such-tokenizer")
+
+
+def test_a_hub_tokenizer_is_of_the_revision_that_its_name_pins(tmp_path):
+    """A hub cache with two revisions that split a text differently; `main` is the newer."""
+    for commit, merges in (("a" * 40, []), ("b" * 40, [["a", "b"]])):
+        place = tmp_path / "hub" / "models--owner--name" / "snapshots" / commit
+        place.mkdir(parents=True)
+        model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": merges}
+        whole = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None}
+        (place / "tokenizer.json").write_text(json.dumps({**whole, "truncation": None, "padding": None, "model": model}))
+        (place / "config.json").write_text('{"model_type": "llama"}')
+        (place / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    refs = tmp_path / "hub" / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("b" * 40)
+    local = tmp_path / "my@models" / "one"
+    local.parent.mkdir()
+    local.symlink_to(tmp_path / "hub" / "models--owner--name" / "snapshots" / ("a" * 40))
+    names = ["owner/name", f"owner/name@{'a' * 40}", f"owner/name@{'b' * 40}", str(local), f"{local}@{'b' * 40}"]
+    code = (
+        "import sys; from datasets_ray.tokens import load_tokenizer\n"
+        "print([load_tokenizer(name)('ab', add_special_tokens=False)['input_ids'] for name in sys.argv[1:]])"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    # a local directory holds one revision: what is pinned for it is the person's own business
+    assert json.loads(done.stdout.splitlines()[-1]) == [[2], [0, 1], [2], [0, 1], [0, 1]]

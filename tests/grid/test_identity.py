@@ -60,6 +60,9 @@ CHANGES: dict[str, str] = {
     "Benchmark.zeroshot": "benchmarks.birds.zeroshot=false",
     "Benchmark.templates": "benchmarks.birds.templates=['a {}', 'one {}']",
     "Benchmark.ensemble": "benchmarks.birds.ensemble=flowers",
+    "Benchmark.suffix": "benchmarks.counts.suffix=Say it.",
+    "Benchmark.rule": "benchmarks.counts.rule=strict",
+    "Benchmark.max_new_tokens": "benchmarks.counts.max_new_tokens=9",
     "Mining.miner": "mining.miner=fourth",
     "Mining.k": "mining.k=3",
     "Mining.template": "mining.template=a drawing of a {}",
@@ -77,8 +80,6 @@ CHANGES: dict[str, str] = {
     "Data.expect": "data.chats.expect=30",
     "Data.allow_subset": "data.chats.allow_subset=true",
     "Profile.precision": "precision=bf16",
-    "Image.size": "encoders.weak.image.size=64",
-    "Image.patch": "encoders.weak.image.patch=16",
     "Image.mean": "encoders.weak.image.mean=[0.5, 0.5, 0.5]",
     "Image.std": "encoders.weak.image.std=[0.5, 0.5, 0.5]",
     "Encoder.config": "encoders.weak.config.embed_dim=32",
@@ -115,15 +116,15 @@ OF_BRIDGE = {
 }
 ONE_VALUE = {
     "Optimizer.name", "Encoder.builder", "Adapter.kind", "Adapter.dropout", "Evaluation.method", "Reference.released", "Model.seed",
-    "Model.prompts", "Model.remote_code",
+    "Model.prompts", "Model.remote_code", "Benchmark.judge", "Judge.model",
 }  # fmt: skip
-"""Fields with a single value so far, and those whose change needs another study (tested by name below, in test_plan
+"""Fields with a single value so far, and those whose change needs another study (tested by name below, in test_plan, in test_judged_plan
 or in test_existing_vlms)."""
 
 KEEPS: dict[str, str] = {
     "Study.study": "study=other", "Study.question": "question=Why?", "Study.paper_cost": "paper_cost={devices: 1, device: x, hours: 2}",
     "Study.groups": "groups={all: [birds, counts]}", "Study.contrasts": "contrasts=[]", "Study.assumptions": "assumptions=[]",
-    "Profile.profile": "profile=other", "Profile.about": "about=other", "Profile.miniature": "miniature=false",
+    "Profile.about": "about=other", "Profile.miniature": "miniature=false",
     "Profile.hollow": "hollow=true",
     "Profile.data_root": "data_root=/some/where", "Profile.store": "store=/some/where", "Tracking.uri": "tracking.uri=http://some.where",
     "Data.tokens": "data.chats.tokens=99", "Data.images": "data.chats.images=2", "Data.megabytes": "data.chats.megabytes=9",
@@ -133,11 +134,17 @@ KEEPS: dict[str, str] = {
     "Resources.workers": "resources.workers=4", "Resources.zero": "resources.zero=3",
     "Resources.micro_tokens": "resources.micro_tokens=64", "Resources.eval_batch": "resources.eval_batch=3",
     "Resources.checkpoint_steps": "resources.checkpoint_steps=1", "Resources.lanes": "resources.lanes=3",
-    "Resources.activation_checkpointing": "resources.activation_checkpointing=true", "Encoder.shape": "encoders.weak.shape={width: 1}",
+    "Resources.activation_checkpointing": "resources.activation_checkpointing=true",
+    "Encoder.shape": "encoders.weak.shape={embed_dim: 1, vision_cfg: {image_size: 32, patch_size: 8, width: 64, layers: 1}}",
     "Resources.gpus_per_worker": "resources.gpus_per_worker=1", "Resources.device": "resources.device=cuda",
     "Resources.cpus": "resources.cpus=4",
     "Resources.object_store_mb": "resources.object_store_mb=100",
 }  # fmt: skip
+
+
+TOWER = "encoders.weak={checkpoint: some/where, image: {size: 32, patch: 8}}"
+OF_TOWER = {"Image.size": "encoders.weak.image.size=64", "Image.patch": "encoders.weak.image.patch=16"}
+"""Beside a tower whose own numbers the profile doesn't say: it would have to agree with them."""
 
 
 def identities(tmp_path, *sets: str) -> list[str]:
@@ -181,8 +188,20 @@ def test_what_can_not_change_a_result_keeps_identities(field, tmp_path, before):
     assert identities(tmp_path, KEEPS[field]) == before
 
 
+@pytest.mark.parametrize("field", OF_TOWER)
+def test_what_can_change_the_pixels_of_a_released_tower_changes_identities(field, tmp_path):
+    assert CLASSES[field] == IDENTITY
+    assert set(identities(tmp_path, TOWER, OF_TOWER[field])) != set(identities(tmp_path, TOWER))
+
+
+def test_a_profile_under_another_name_keeps_identities(tmp_path, before, monkeypatch):
+    assert CLASSES["Profile.profile"] == RUNTIME
+    monkeypatch.setitem(globals(), "PROFILE", changed(PROFILE, "profile: small", "profile: other"))
+    assert identities(tmp_path) == before
+
+
 def test_every_identity_field_is_tried():
-    tried = {*CHANGES, *OF_ELDER, *OF_BRIDGE, *OF_ADAPTERS, *ONE_VALUE}
+    tried = {*CHANGES, *OF_ELDER, *OF_BRIDGE, *OF_ADAPTERS, *OF_TOWER, *ONE_VALUE}
     assert {field for field, kind in CLASSES.items() if kind == IDENTITY} == tried
 
 

@@ -67,3 +67,28 @@ def test_five_lines_are_enough_for_an_encoder_without_a_text_tower(tmp_path):
     weights = {"checkpoint": "facebook/dinov2-large", "revision": None}
     assert tuned["spec"]["model"]["parts"]["encoder"] == {"builder": "transformers_vision", "config": {}, "weights": weights}
     assert tuned["spec"]["data"]["image"]["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_tokenizers_are_of_the_revision_that_is_pinned_for_their_weights():
+    stages = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-11", "row-14"])["stages"]
+    models = {stage["name"]: stage["spec"]["model"] for stage in stages if stage["kind"] == "train"}
+    assert models["finetune row-14"]["tokenizer"] == "Qwen/Qwen2-7B@453ed1575b739b5b03ce3758b23befdb0967f40e"
+    assert models["finetune row-11"]["tokenizer"] == "Qwen/Qwen2-VL-7B@e61834264a23db10c06dc4f566dac5634c7ca024"
+    for sets, wanted in (("llms.qwen2-7b.revision=null", "Qwen/Qwen2-7B"), ("llms.qwen2-7b.tokenizer=own/one", "own/one")):
+        stages = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-14"], sets=[sets])["stages"]
+        assert next(s["spec"]["model"]["tokenizer"] for s in stages if s["name"] == "finetune row-14") == wanted
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean"), [("siglip_vision_model", [0.5] * 3), ("dinov2", [0.485, 0.456, 0.406]), ("clip_vision_model", None), ("", None)]
+)
+def test_pixels_are_normalised_as_the_kind_of_encoder_was_trained(kind, mean, tmp_path):
+    """By the profile's `shape`, else by the config.json of a local checkpoint; an open_clip or CLIP tower has CLIP's."""
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+    clip = [0.48145466, 0.4578275, 0.40821073]
+    numbers = "hidden_size: 8, intermediate_size: 16, num_hidden_layers: 2, image_size: 384, patch_size: 14"
+    for more in (f"checkpoint: {tmp_path}", f"checkpoint: owner/name, shape: {{model_type: '{kind}', {numbers}}}"):
+        one = f"encoders.clip-vit-l-14-336={{image: {{size: 384, patch: 14}}, builder: transformers_vision, {more}}}"
+        stages = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-12"], sets=[one])["stages"]
+        image = next(stage["spec"]["data"]["image"] for stage in stages if stage["name"] == "finetune row-12")
+        assert image["mean"] == (mean or clip) and image["size"] == 384

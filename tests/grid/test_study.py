@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from datasets_ray import yamlfile
 from datasets_ray.errors import UserError, UserErrors
-from grid import cli, keys, load, profile, study, validate_profile, yamlfile
+from datasets_ray.schema import Reader, explain, option
+from grid import cli, keys, load, profile, study, validate_profile
 from grid.plan import make_plan
-from grid.schema import Reader, explain, option
 from grid.settings import Settings
 from tests.grid.studies import PROFILE, STUDY, changed, write
 

@@ -1,0 +1,54 @@
+"""What a study may say but most likely doesn't mean: a typed study and its arms in, a sentence for each doubt out. Nothing stops for one.
+
+A contrast that no pair of arms answers; arms of different axes that train the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grid.expand import Arm
+from grid.study import Contrast, Study
+from grid.where import parse_where
+
+
+def doubts(study: Study, arms: Sequence[Arm]) -> list[str]:
+    """One sentence for each."""
+    found = [f"contrast {contrast.name}: {why}" for contrast in study.contrasts if (why := _no_pair(contrast, study, arms))]
+    twins: dict[object, Arm] = {}
+    for arm in arms:
+        if arm.released is None and (twin := twins.setdefault(arm.content, arm)) is not arm:
+            differ = ", ".join(axis for axis in study.axes if arm.axes[axis] != twin.axes[axis])
+            found.append(f"arms {twin.name} and {arm.name} train the same: their {differ} sets no key of the recipe to another value")
+    return found
+
+
+def _no_pair(contrast: Contrast, study: Study, arms: Sequence[Arm]) -> str | None:
+    """Why no two arms differ as a contrast asks, by the rule of `grid.effects.matched_pairs`; None where two do."""
+    clauses = parse_where(contrast.where, study.axes)
+    chosen = [arm for arm in arms if all(clause.holds(_facts(arm)) for clause in clauses)] if clauses else arms
+    if not chosen:
+        return f"no arm is where {contrast.where!r}"
+    sides = []
+    for values in (contrast.from_, contrast.to):
+        here = [arm for arm in chosen if arm.axes[contrast.axis] in values.split("|")]
+        if not here:
+            return f"no arm{f' where {contrast.where}' if contrast.where else ''} has {contrast.axis} {values}"
+        rests = [tuple(value for axis, value in arm.axes.items() if axis != contrast.axis) for arm in here]
+        trained = {(rest, _beyond(arm, study)) for rest, arm in zip(rests, here) if arm.released is None}
+        sides.append((trained, {rest for rest, arm in zip(rests, here) if arm.released is not None}, set(rests)))
+    (trained, released, all_), (others, free, everyone) = sides
+    if trained & others or released & everyone or free & all_:
+        return None
+    return f"no two arms differ in {contrast.axis} only, from {contrast.from_} to {contrast.to}"
+
+
+def _beyond(arm: Arm, study: Study) -> str:
+    """What must be equal besides the axes: the start, the seed, and what the arm sets itself."""
+    own = {key: value for key, value in (arm.changes or {}).items() if key not in ("init", "seed")}
+    return repr((arm.recipe.init, study.seed if arm.recipe.seed is None else arm.recipe.seed, own))
+
+
+def _facts(arm: Arm) -> dict[str, str]:
+    row = "" if arm.row is None else str(arm.row)
+    return {**arm.axes, "row": row, "source": arm.source, "init": arm.recipe.init, "name": arm.name}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,15 +213,25 @@ def tally(records: Sequence[Record]) -> Stats:
     return stats
 
 
-def layouts(row: Row, root: Path | None, recipe: ImageRecipe | None) -> list[ImageLayout]:
-    """The layout of each of a row's images, from their headers. Raises ImageError, RowError."""
+Size = tuple[int, int]
+"""(width, height)"""
+
+
+def layouts(row: Row, root: Path | None, recipe: ImageRecipe | None, known: Sequence[Size | None] = ()) -> list[ImageLayout]:
+    """The layout of each of a row's images, from their headers where a size isn't known. Raises ImageError, RowError."""
     if row["images"] and recipe is None:
         raise RowError("images, and no image recipe")
-    return [layout(*image_size(image, root), recipe) for image in row["images"]]  # type: ignore[arg-type]
+    sizes = [size or image_size(image, root) for image, size in zip_longest(row["images"], known)]
+    return [layout(width, height, recipe) for width, height in sizes]  # type: ignore[arg-type]
 
 
-def encode_rows(rows: Sequence[Row], places: Sequence[Place], encoding: Encoding) -> list[Record]:
-    """A record for every row, tokenised in one batch per stream. places: where the rows lie."""
+def encode_rows(
+    rows: Sequence[Row], places: Sequence[Place], encoding: Encoding, known: Callable[[Place], Size | None] = lambda place: None
+) -> list[Record]:  # fmt: skip
+    """A record for every row, tokenised in one batch per stream.
+
+    places: where the rows lie. known: an image's size, where it can do without its header; only for uniform recipes, whose layout is one.
+    """
     shapes: list[list[ImageLayout]] = []
     reasons: dict[int, str] = {}
     needs_images = any(KINDS[spec.kind].images for spec in encoding.streams.values())
@@ -228,7 +239,8 @@ def encode_rows(rows: Sequence[Row], places: Sequence[Place], encoding: Encoding
         shape: list[ImageLayout] = []
         try:
             if needs_images:
-                shape = layouts(row, open_rows(place.directory).root, encoding.image)
+                sizes = [known(place._replace(image=number)) for number in range(len(row["images"]))] if encoding.image else []
+                shape = layouts(row, open_rows(place.directory).root, encoding.image, sizes)
         except (ImageError, RowError) as error:
             reasons[at] = error.reason
         shapes.append(shape)

@@ -21,19 +21,20 @@ from typing import Any
 import numpy as np
 
 from datasets_ray.encoding import Encoding, Place, Record, Stats, encode_rows, tally
-from datasets_ray.errors import UserError
+from datasets_ray.fitted import Fill, image_of, missing
 from datasets_ray.images import ImageError, ImageRecipe, pixels
 from datasets_ray.kept import Kept
 from datasets_ray.order import StepIndex, modality_lengths, steps_of
 from datasets_ray.packing import Batch, Segment, assign, pack
+from datasets_ray.pixels_cache import PixelStore, cache_of
 from datasets_ray.prompts import RowError
 from datasets_ray.rows import open_rows
-from datasets_ray.streaming import Stream
+from datasets_ray.streaming import Stream, node
 
 RECORDS: Kept[Record] = Kept(48 << 20)
 """Tokenised rows of this process, by place and encoding."""
-PIXELS: Kept[np.ndarray] = Kept(96 << 20)
-"""Fitted images of this process, by place and recipe: a miniature's whole training set, a drop of a large one."""
+MADE = 4
+"""To make kept pixels takes as much of a task's time as handing on a quarter of their bytes."""
 
 
 class Tables:
@@ -51,6 +52,11 @@ class Tables:
         which = np.searchsorted(self.ends, numbers, side="right")
         starts = np.concatenate([[0], self.ends])[which]
         return [Place(str(self.tables[t].directory), int(number - start)) for t, number, start in zip(which, numbers, starts)]
+
+    def split(self, numbers: np.ndarray) -> list[np.ndarray]:
+        """These row numbers by table, counted from its first."""
+        starts = np.concatenate([[0], self.ends])
+        return [numbers[(numbers >= start) & (numbers < end)] - start for start, end in zip(starts, self.ends)]
 
 
 def read(place: Place) -> dict[str, Any]:
@@ -87,80 +93,102 @@ def _row_bytes(recipe: ImageRecipe | None, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class TrainTask:
-    """Row numbers of a step → this rank's micro-batches. Each rank encodes the whole step and decodes only its own images."""
+    """Row numbers of a step → this rank's micro-batches. Each rank encodes the whole step and decodes only its own images.
+
+    store: where pixels are kept; None: they travel with the batches. Else a batch's images are a list, of slots where they are kept on the
+    consumer's machine, its `node`; `Fill` makes of it what it would have been.
+    """
 
     directories: tuple[str, ...]
     encoding: Encoding
     rank: int
     world: int
     micro_tokens: int
+    store: PixelStore | None = None
+    node: str = ""
 
     @cached_property
     def _key(self) -> str:
         """What a record depends on besides its row."""
         return repr(self.encoding)
 
+    @cached_property
+    def _here(self) -> bool:
+        return node() == self.node
+
     def __call__(self, numbers: np.ndarray) -> tuple[list[Batch], Stats]:
         places = _tables(self.directories).places(numbers)
         records = self._records(places)
         stats = tally(records)
-        kept = [(record.id, record.sample) for record in records if record.sample is not None]
-        costs = [sum(segment.cost for segment in sample.values()) for _, sample in kept]
+        kept = [record.sample for record in records if record.sample is not None]
+        costs = [sum(segment.cost for segment in sample.values()) for sample in kept]
         ranks = assign(costs, self.micro_tokens, self.world)
         stats.micro_batches = sum(len(bins) for bins in ranks)
         stats.empty = sum(not members for bins in ranks for members in bins)
-        valid = {name: sum(sample[name].valid for _, sample in kept) for name in self.encoding.streams}
+        valid = {name: sum(sample[name].valid for sample in kept) for name in self.encoding.streams}
         batches = []
         for place, members in enumerate(ranks[self.rank]):
             streams, most = {}, {}
             for name in self.encoding.streams:
-                segments = [self._decoded(kept[m][1][name], kept[m][0]) for m in members]
-                streams[name] = pack(segments, members, _shape(self.encoding.image))  # numbered without gaps: objectives gather by it
-                most[name] = max(sum(kept[m][1][name].valid for m in bins[place]) for bins in ranks)
+                segments = [self._decoded(kept[m][name]) for m in members]
+                shape = _shape(self.encoding.image) if self.store is None else None
+                streams[name] = pack(segments, members, shape)  # numbered without gaps: objectives gather by it
+                most[name] = max(sum(kept[m][name].valid for m in bins[place]) for bins in ranks)
             batches.append(Batch(streams, len(kept), sum(valid.values()), valid, most))
         return batches, stats
 
     def _records(self, places: Sequence[Place]) -> list[Record]:
         found = {place: RECORDS.get((place, self._key)) for place in places}
-        missing = [place for place, record in found.items() if record is None]
-        for place, made in zip(missing, encode_rows([read(place) for place in missing], missing, self.encoding)):
+        new = [place for place, record in found.items() if record is None]
+        for place, made in zip(new, encode_rows([read(place) for place in new], new, self.encoding, self._size)):
             RECORDS.put((place, self._key), made, made.nbytes)
             found[place] = made
         return [record for place in places if (record := found[place]) is not None]
 
-    def _decoded(self, segment: Segment, id: str) -> Segment:
+    def _size(self, place: Place) -> tuple[int, int] | None:
+        """(width, height) of kept pixels of a uniform recipe: their header was sound."""
+        recipe = self.encoding.image
+        cache = cache_of(self.store, place.directory, recipe) if recipe is not None and recipe.uniform else None
+        slot = cache.find(place) if cache else None
+        return (slot.width, slot.height) if slot else None
+
+    def _decoded(self, segment: Segment) -> Segment:
         if not segment.images:
             return segment
         assert self.encoding.image is not None
-        try:
-            return replace(segment, images=tuple(_pixels(place, self.encoding.image) for place in segment.images))  # type: ignore[arg-type]
-        except ImageError as error:
-            # its header was sound, so other ranks count on this sample: it can't be dropped any more
-            hint = "build the dataset stage again; sources drop and count what doesn't decode"
-            raise UserError(f"the image of row {id!r} can't be decoded", why=str(error), hint=hint) from error
-
-
-def _pixels(place: Place, recipe: ImageRecipe) -> np.ndarray:
-    """uint8[H, W, 3] of an image, fitted once per process."""
-    made = PIXELS.get((place, recipe))
-    if made is None:
-        table = open_rows(place.directory)
-        made = pixels(table.table.column("images")[place.row].as_py()[place.image], recipe, table.root)
-        PIXELS.put((place, recipe), made, made.nbytes + 200)
-    return made
+        recipe = self.encoding.image
+        return replace(segment, images=tuple(image_of(place, recipe, self.store, self._here) for place in segment.images))  # type: ignore[arg-type]
 
 
 def train_batches(
     directories: Sequence[str | Path], encoding: Encoding, index: StepIndex,
-    start_step: int = 0, rank: int = 0, world: int = 1, micro_tokens: int = 4096, *, name: str = "train",
+    start_step: int = 0, rank: int = 0, world: int = 1, micro_tokens: int = 4096, *, name: str = "train", store: PixelStore | None = None,
 ) -> Stream[list[Batch]]:  # fmt: skip
     """For every step from `start_step` on: this rank's micro-batches; all ranks have equally many, missing ones are empty packs.
 
     A step's samples, and `samples` and `valid` of its batches, are the same for all ranks. A row dropped from a step leaves it smaller.
+    store: where decoded pixels are kept (`datasets_ray.pixels_cache`); the batches are the same without.
     """
-    task = TrainTask(tuple(str(d) for d in directories), encoding, rank, world, micro_tokens)
+    recipe = encoding.image
+    store = store if recipe is not None else None
+    task = TrainTask(tuple(str(d) for d in directories), encoding, rank, world, micro_tokens, store, node())
     steps = [index[step] for step in range(start_step, len(index))]
-    return Stream(task, steps, name=name, step_bytes=_row_bytes(encoding.image, encoding.max_tokens) * (len(steps[0]) if steps else 1))
+    fill = Fill(recipe, store) if recipe is not None and store is not None else None
+    stream = Stream(task, steps, name=name, step_bytes=_step_bytes(task, steps), finish=fill)
+    stream.pixels = fill.counts if fill else None
+    return stream
+
+
+def _step_bytes(task: TrainTask, steps: Sequence[np.ndarray]) -> int:
+    """About what a step hands on. Kept pixels stay where they are: those still to be made count for the time that they take."""
+    rows, recipe = len(steps[0]) if steps else 1, task.encoding.image
+    whole = rows * _row_bytes(recipe, task.encoding.max_tokens)
+    if task.store is None or recipe is None or not steps:
+        return whole
+    bare = rows * _row_bytes(None, task.encoding.max_tokens)
+    numbers = np.concatenate(steps)
+    to_make = missing(task.directories, recipe, task.store, _tables(task.directories).split(numbers))
+    return bare + int((whole - bare) * min(1.0, to_make / len(numbers)) / MADE)
 
 
 def _runs(directory: str, batch: int, rank: int, world: int) -> list[np.ndarray]:

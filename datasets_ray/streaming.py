@@ -2,6 +2,7 @@
 
 In: a picklable task `row numbers → (result, Stats)` and the row numbers of every step. Out: a `Stream` of the results. With Ray running,
 Ray Data runs the task in tasks of a quarter core, several steps a block, and hands the results on in order; without, a thread does.
+Until Ray Data delivers (it takes a fraction of a second to start, and seconds where its workers start too) a thread does, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from datasets_ray.encoding import Stats
+from datasets_ray.pixels_cache import PixelCounts
 
 T = TypeVar("T")
 Task = Callable[[np.ndarray], tuple[T, Stats]]
@@ -32,8 +34,11 @@ BLOCKS = 256
 """A stream is cut into about so many tasks at most."""
 TASK_BYTES, MOST_STEPS = 8 << 20, 64
 """A task makes about so many bytes of results, and no more steps than this: starting one costs as much as 20 steps of a miniature."""
-CHUNK_BYTES = 1 << 20
+HEAD_BYTES = 1 << 20
+"""So much of a stream's beginning is left to the consumer's own thread, all of a stream of up to twice as much. 0: nothing is."""
+CHUNK_BYTES = 4 << 20
 """Results are handed on together up to this size, the first one of a task alone."""
+BUDGET_SECONDS = 0.1
 STORE_BYTES = 256 << 20
 """Results of one stream that may wait in the object store."""
 
@@ -52,17 +57,20 @@ class Stream(Iterator[T], Generic[T]):
     """Results in order, made ahead from the moment the stream exists. Iterate once; close it (or use `with`) when you stop early.
 
     stats: summed over what has been handed out. waited: seconds the consumer has waited for results. step_bytes: a step's result, about.
+    finish: what is done to a result here, ahead of its use as well. pixels: how images came, where pixels are kept.
     """
 
     def __init__(
-        self, task: Task[T], steps: Sequence[np.ndarray], *, name: str, ahead: int = 2, workers: int = WORKERS, step_bytes: int = 1 << 20
+        self, task: Task[T], steps: Sequence[np.ndarray], *, name: str, ahead: int = 2, workers: int = WORKERS, step_bytes: int = 1 << 20,
+        finish: Callable[[T], T] | None = None,
     ) -> None:  # fmt: skip
         self.stats = Stats()
         self.waited = 0.0
+        self.pixels: PixelCounts | None = None
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        source = _ray(task, steps, name, workers, step_bytes) if _ray_runs() else _plain(task, steps)
-        self._thread = threading.Thread(target=_pump, args=(source, self._queue, self._stop), name=f"data-{name}", daemon=True)
+        source = _started(task, steps, name, workers, step_bytes) if _ray_runs() else _plain(task, steps)
+        self._thread = threading.Thread(target=_pump, args=(source, self._queue, self._stop, finish), name=f"data-{name}", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Stream[T]:
@@ -114,12 +122,23 @@ def _ray_runs() -> bool:
     return ray is not None and ray.is_initialized()
 
 
-def _pump(source: Generator[tuple[Any, Stats]], target: queue.Queue[Any], stop: threading.Event) -> None:
+def node() -> str:
+    """The node of Ray that this process is on; the empty text without Ray."""
+    if not _ray_runs():
+        return ""
+    import ray
+
+    return ray.get_runtime_context().get_node_id()
+
+
+def _pump(
+    source: Generator[tuple[Any, Stats]], target: queue.Queue[Any], stop: threading.Event, finish: Callable[[Any], Any] | None
+) -> None:  # fmt: skip
     """Moves results into the queue until the source ends or the consumer stops; the source is closed in this thread."""
     last: Any = _END
     try:
-        for item in source:
-            if not _put(target, item, stop):
+        for result, stats in source:
+            if not _put(target, (finish(result) if finish else result, stats), stop):
                 break
     except BaseException as error:  # handed to the consumer, who raises it
         last = _Failed(error)
@@ -144,6 +163,51 @@ def _plain(task: Task[T], steps: Sequence[np.ndarray]) -> Generator[tuple[T, Sta
         yield task(numbers)
 
 
+def _started(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, step_bytes: int) -> Generator[tuple[T, Stats]]:
+    """`_ray` for all steps but the first ones. They are made here, and those after them until Ray Data has begun to deliver: helping on
+    while it is behind would make most steps twice."""
+    head = min(len(steps), -(-HEAD_BYTES // max(1, step_bytes)))
+    if len(steps) <= 2 * head or not head:
+        yield from _plain(task, steps) if head else _ray(task, steps, name, workers, step_bytes)
+        return
+    arrived: queue.Queue[Any] = queue.Queue(maxsize=2)
+    stop = threading.Event()
+    source = _ray(task, steps[head:], name, workers, step_bytes)
+    thread = threading.Thread(target=_pump, args=(source, arrived, stop, None), name=f"ray-data-{name}", daemon=True)
+    thread.start()
+    begun = caught_up = False
+    try:
+        at, next_of_ray = 0, head
+        while at < len(steps):
+            item = None
+            if at >= head:
+                with contextlib.suppress(queue.Empty):
+                    item = arrived.get(block=begun)
+            if item is None:
+                yield task(steps[at])
+                at += 1
+                continue
+            begun = True
+            if isinstance(item, _Failed):
+                raise item.error
+            if next_of_ray == at:
+                caught_up = True
+                yield item
+                break
+            next_of_ray += 1
+        else:
+            return
+        for _ in range(at + 1, len(steps)):
+            item = arrived.get()
+            if isinstance(item, _Failed):
+                raise item.error
+            yield item
+    finally:
+        stop.set()
+        if caught_up:  # else it may wait for processes that are still starting: it ends by itself
+            thread.join(timeout=10)
+
+
 def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, step_bytes: int) -> Generator[tuple[T, Stats]]:
     """The same by Ray Data: blocks of steps → map_batches → one binary column, a row per step."""
     if not len(steps):
@@ -166,16 +230,17 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, st
             made.append(_dump(task, np.frombuffer(numbers.as_py(), dtype=np.int64)))
             room -= len(made[-1])
             if room <= 0:
-                yield pa.table({"result": pa.array(made, type=pa.large_binary())})
+                yield pa.table({"result": _column(made)})
                 made, room = [], CHUNK_BYTES
         if made:
-            yield pa.table({"result": pa.array(made, type=pa.large_binary())})
+            yield pa.table({"result": _column(made)})
 
     encode.__name__ = name  # what the dashboard shows
     # from_items and not from_arrow, which would start a whole-CPU task per block only to read its schema
     dataset = ray.data.from_items(items, override_num_blocks=-(-len(items) // size)).map_batches(
         encode, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=CPUS, compute=TaskPoolStrategy(workers)
     )
+    _hurry()
     context = dataset.context
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -194,6 +259,25 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, st
         close = getattr(batches, "close", None)
         if close is not None:
             close()
+
+
+def _hurry() -> None:
+    """Ray Data learns once a second what a stream may use, and until the second time lets one task run at a time: a whole second of one
+    core at the start of every stage. Asking costs a message to an actor, so it may ask more often."""
+    with contextlib.suppress(ImportError):
+        from ray.data._internal.execution.resource_manager import ResourceManager
+
+        if hasattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S"):
+            ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = BUDGET_SECONDS  # type: ignore[assignment]
+
+
+def _column(values: Sequence[bytes]) -> Any:
+    """An Arrow column of these values, around their memory: `pa.array` of Python's bytes goes through them one by one."""
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    data = values[0] if len(values) == 1 else b"".join(values)
+    return pa.Array.from_buffers(pa.large_binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(data)])
 
 
 def _dump(task: Task[T], numbers: np.ndarray) -> bytes:

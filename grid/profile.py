@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from datasets_ray import yamlfile
 from datasets_ray.errors import UserError, nearest
-from grid import yamlfile
-from grid.schema import option
-from grid.study import Training, _name
-from grid.yamlfile import Node
+from datasets_ray.schema import option
+from datasets_ray.yamlfile import Node
+from grid.study import SEEDS, Training, _name
 
 HERE = Path(__file__).resolve().parent.parent / "experiments" / "profiles"
 DEFAULT = "tiny"
+
+
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIGLIP = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""(mean, standard deviation) of the channels that encoders of each kind were trained with; IMAGENET: DINOv2."""
 
 
 def _three(values: list[float]) -> str | None:
@@ -36,8 +42,12 @@ class Image:
     merge: int | None = option("native: patches per side that become one token", None, low=1, high=16)
     min_pixels: int | None = option("native: smallest area", None, unit="pixels", low=1)
     max_pixels: int | None = option("native: largest area", None, unit="pixels", low=1)
-    mean: list[float] = option("of the channels, 0-1", [0.48145466, 0.4578275, 0.40821073], check=_three)
-    std: list[float] = option("of the channels, 0-1", [0.26862954, 0.26130258, 0.27577711], check=_three)
+    mean: list[float] | None = option(
+        "of the channels, 0-1; null: 0.5 for SigLIP, ImageNet's for DINOv2 (as `shape`, `config` or a local checkpoint say), else CLIP's",
+        None,
+        check=_three,
+    )
+    std: list[float] | None = option("of the channels, 0-1; null: as `mean`", None, check=_three)
 
 
 @dataclass
@@ -49,7 +59,7 @@ class Asset:
     revision: str | None = option("revision of the checkpoint", None)
     shape: dict[str, Any] | None = option("architecture numbers of a checkpoint, for the cost estimate only", None)
     trained: list[Training] = option("training stages, one after another, that make the weights", [])
-    seed: int = option("of fresh weights", 0, low=0)
+    seed: int = option("of fresh weights", 0, low=0, high=SEEDS)
 
 
 @dataclass
@@ -66,7 +76,10 @@ class Encoder(Asset):
 class Llm(Asset):
     """A causal language model."""
 
-    tokenizer: str | None = option("committed tokenizer, directory or hub id; null: the one of `initial`, else the checkpoint's", None)
+    tokenizer: str | None = option(
+        "committed tokenizer, directory, hub id or `id@revision`; null: the one of `initial`, else the checkpoint's",
+        None,
+    )
     initial: str | None = option("language model of this profile whose weights `trained` starts from", None)
 
 
@@ -80,7 +93,7 @@ class Model(Asset):
     prompts: str | None = option("existing: how its family is asked (trainers/families)", None)
     remote_code: bool = option("existing: run the checkpoint's own code, with a pinned revision", False)
     image: Image | None = option("pixels in; null for `vlm`: its encoder's", None)
-    tokenizer: str | None = option("committed tokenizer, directory or hub id", None)
+    tokenizer: str | None = option("committed tokenizer, directory, hub id or `id@revision`; null: the checkpoint's", None)
     template: str | None = option("conversation template; null: the language model's", None)
     initial: str | None = option("model of this profile whose weights `trained` starts from", None)
     stand_in: dict[str, Node] | None = option(
@@ -136,6 +149,7 @@ class Resources:
     threads: int = option("threads of the math libraries in a worker; 0: a fair share", 0, low=0)
     object_store_mb: int = option("cap of Ray's object store", 400, unit="MB", low=80)
     cache_mb: int = option("models and decoded images that a worker keeps from stage to stage", 512, unit="MB", low=0)
+    pixels_mb: int = option("decoded images kept on each machine's own disk for all arms and runs; 0: none", 4096, unit="MB", low=0)
     attempts: int = option("attempts at a stage before its arms fail", 5, low=1)
     trials: int = option("Tune trials alive at once; each only waits", 2, low=1)
     collective_seconds: float = option("longest wait of ranks for each other inside a stage", 1800.0, unit="seconds", above=0.0)

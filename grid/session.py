@@ -23,7 +23,7 @@ from grid.jsonl import read_lines
 from grid.ledger import LedgerCore
 from grid.memory import Meter
 from grid.plan import dump
-from grid.rundir import RunDirectory, write_json
+from grid.rundir import RunDirectory, writable, write_json
 from grid.settings import Settings
 from grid.summary import render, summarise
 from trainers.store import Damaged, Store
@@ -40,6 +40,7 @@ class Session:
         self.plan, self.settings, self.directory, self.command, self.began = plan, settings, directory, command, began
         self.out = directory.path
         root = Path(settings.store or os.environ.get("FINEGRID_STORE") or self.out / "store")
+        writable(root.absolute(), "--set store=DIR, or FINEGRID_STORE=DIR")
         self.store = Store(root)
         directory.data["store"] = str(self.store.root)
         directory.save()  # the report and grid.status find the artefacts by it while the run goes on
@@ -185,7 +186,7 @@ class Session:
             "ledger": NAME, "namespace": NAMESPACE, "store": str(self.store.root), "run": self.directory.id, "epoch": self.directory.epoch,
             "metrics": str(self.out / "metrics"), "backend": "nccl" if settings.device == "cuda" else "gloo", "device": settings.device,
             "data_root": os.path.abspath(root) if root else None, "cwd": os.getcwd(), "cache_mb": settings.cache_mb, "kinds": kinds,
-            "warm": needs(self.plan["stages"]),
+            "warm": needs(self.plan["stages"]), "pixels_mb": settings.pixels_mb,
             "collective_seconds": settings.collective_seconds, "grace_seconds": settings.grace_seconds,
         }  # fmt: skip
 
@@ -234,6 +235,8 @@ class Session:
             say(f"  may be smaller than published: {', '.join(study['allow_subset'])}")
         for notice in study.get("notices", []):
             say(f"  {notice}")
+        for doubt in study.get("doubts", []):
+            say(f"  doubtful: {doubt}")
         if done:
             names = [stage["name"] for stage in self.plan["stages"] if stage["id"] in set(done)]
             say(f"skipping {len(done)} finished stage{'s' * (len(done) != 1)}: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")

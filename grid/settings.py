@@ -32,6 +32,8 @@ class Settings:
     object_store_mb: int = 400
     cache_mb: int = 512
     """Models and decoded images that a worker keeps from stage to stage."""
+    pixels_mb: int = 4096
+    """Decoded images kept on each machine's disk, for all lanes and runs; 0: none."""
     attempts: int = 5
     trials: int = 2
     """Tune trials alive at once: each is a process that only waits, so few are enough."""

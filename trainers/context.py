@@ -13,7 +13,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets_ray.pixels_cache import PixelStore
 
 
 class LeaseLost(Exception):
@@ -72,6 +75,8 @@ class Context:
     """Training calls it on every rank after every optimiser step with the steps done so far. True, at the same step on all
     ranks, once the run was asked to stop: save a checkpoint and raise Interrupted."""
     cache: Cache = field(default_factory=Cache)
+    pixels: PixelStore | None = None
+    """Where decoded images are kept on this machine; None: nowhere. Training's batches are the same."""
     marks: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -7,7 +7,7 @@ Rank 0 claims and tells the others; collective kinds run on all ranks, the rest 
 stage, not the lane: ranks agree through the channel. If a rank is stuck in a collective that another rank left by raising,
 or collectives no longer match, the worker raises GroupBroken and Ray Train builds the group anew.
 `config` is JSON: lane, ledger (actor name), namespace, store, run, epoch, metrics, backend, device, data_root, cwd, cache_mb, kinds,
-warm, collective_seconds, grace_seconds.
+warm, pixels_mb, collective_seconds, grace_seconds.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Lane:
     def __init__(self, config: dict[str, Any], ledger: Any, rank: int, world: int) -> None:
         import torch
 
+        from datasets_ray.pixels_cache import PixelStore
+
         self.config, self.ledger, self.rank, self.world, self.name = config, ledger, rank, world, config["lane"]
         stages.KINDS.update({kind: stages.Kind(**entry) for kind, entry in config.get("kinds", {}).items()})
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -73,6 +75,7 @@ class Lane:
         gc.freeze()  # a million objects of torch and transformers need no looking at after every stage
         self.store = Store(config["store"])
         self.cache = Cache(int(config.get("cache_mb", 1024)) << 20)
+        self.pixels = PixelStore(config["pixels_mb"] << 20) if config.get("pixels_mb") else None
         self.metrics = Path(config["metrics"])
         self.grace = float(config.get("grace_seconds", 30.0))
         self.stop = threading.Event()
@@ -226,6 +229,7 @@ class Lane:
         return Context(
             stage=stage, out=lease.out, work=lease.work, inputs=self.store.reuse, rank=self.rank, world=world, device=self.device,
             data_root=self.config.get("data_root"), report=report, guard=lease.guard, stopping=stopping, cache=self.cache,
+            pixels=self.pixels,
         )  # fmt: skip
 
     def _beat(self) -> None:

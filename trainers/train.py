@@ -116,7 +116,7 @@ class Training:
             self.notes += [f"went on from step {self.progress.step}", *(f"torn checkpoint {torn}" for torn in saved.passed_over)]
         self.stream = train_batches(
             directories, encoding, index, self.progress.step, ctx.rank, ctx.world, ctx.runtime.get("micro_tokens", 4096),
-            name=ctx.stage.get("name", "train"),
+            name=ctx.stage.get("name", "train"), store=ctx.pixels,
         )  # fmt: skip
         with self.stream:
             with self.timed("model"):
@@ -257,7 +257,8 @@ class Training:
         return {
             "steps": progress.step, "samples": progress.samples, "tokens": progress.tokens, "valid_tokens": progress.valid_tokens,
             "loss": {"first": progress.losses[0], "last": progress.losses[-1], "last_tenth": sum(tail) / len(tail)},
-            "data": stats.to_json(), "frozen": self.freeze, "seconds": {**self.seconds, "waiting": self.stream.waited},
+            "data": stats.to_json(), "pixels": self.stream.pixels.to_json() if self.stream.pixels else None, "frozen": self.freeze,
+            "seconds": {**self.seconds, "waiting": self.stream.waited},
             "compute": self.meter.compute(), "sha256": files, "notes": self.notes,
         }  # fmt: skip
 

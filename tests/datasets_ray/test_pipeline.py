@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from dataclasses import fields
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from datasets_ray import pipeline
+from datasets_ray import fitted, pipeline, streaming
 from datasets_ray.encoding import Encoding, Stats
 from datasets_ray.errors import UserError
 from datasets_ray.kept import Kept
@@ -51,7 +53,7 @@ def directories(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ray_running():
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     yield
     ray.shutdown()
 
@@ -216,13 +218,14 @@ def test_images_for_embedding(tmp_path):
 
 def test_what_is_remembered_is_what_would_be_made(directories, monkeypatch):
     index = index_of(directories, 8, epochs=2, seed=4)
-    pipeline.RECORDS, pipeline.PIXELS = Kept(1 << 30), Kept(1 << 30)
+    monkeypatch.setattr(pipeline, "RECORDS", Kept(1 << 30))
+    monkeypatch.setattr(fitted, "PIXELS", Kept(1 << 30))
     warm = [collect(directories, vlm(), index)[0] for _ in range(2)][1]
     other = collect(directories, vlm(template="llama_2"), index)[0]
     assert pipeline.RECORDS.nbytes > 0
-    assert pipeline.PIXELS.nbytes > 0
+    assert fitted.PIXELS.nbytes > 0
     monkeypatch.setattr(pipeline, "RECORDS", Kept(0))
-    monkeypatch.setattr(pipeline, "PIXELS", Kept(0))
+    monkeypatch.setattr(fitted, "PIXELS", Kept(0))
     assert same_steps(warm, collect(directories, vlm(), index)[0])
     assert same_steps(other, collect(directories, vlm(template="llama_2"), index)[0])
 
@@ -250,8 +253,10 @@ def test_a_stream_can_be_left_early(directories):
 
 
 @pytest.mark.slow
-def test_ray_data_gives_what_the_plain_loop_gives(directories, tmp_path, request):
+@pytest.mark.parametrize("head", [0, 20 << 20, 1 << 40], ids=["Ray Data alone", "after a thread's start", "a thread alone"])
+def test_ray_data_gives_what_the_plain_loop_gives(directories, tmp_path, request, monkeypatch, head):
     index = index_of(directories, 8, epochs=2, seed=1)
+    monkeypatch.setattr(streaming, "_ray_runs", lambda: False)
     plain = {
         (start, rank, world): collect(directories, vlm(NATIVE), index, start, rank, world, 300)
         for start, rank, world in [(0, 0, 1), (7, 1, 2)]
@@ -259,6 +264,8 @@ def test_ray_data_gives_what_the_plain_loop_gives(directories, tmp_path, request
     questions(tmp_path)
     pictures = list(image_batches(tmp_path, vlm().image, 5))
     write_rows([row("torn", images=[picture(4, cut=200)], messages=chats(2)[1]["messages"])], tmp_path / "torn")
+    monkeypatch.undo()
+    monkeypatch.setattr(streaming, "HEAD_BYTES", head)
     request.getfixturevalue("ray_running")
     for (start, rank, world), (steps, stats) in plain.items():
         streamed, counted = collect(directories, vlm(NATIVE), index, start, rank, world, 300)
@@ -274,3 +281,38 @@ def test_ray_data_gives_what_the_plain_loop_gives(directories, tmp_path, request
     next(early)
     early.close()
     assert not early._thread.is_alive()
+
+
+def test_a_thread_helps_while_ray_data_is_behind(monkeypatch):
+    """Whoever is first with a step, each comes once and in order; an error of either side reaches the consumer."""
+    steps = [np.full(1, number) for number in range(40)]
+    made: list[int] = []
+
+    def task(numbers: np.ndarray) -> tuple[int, Stats]:
+        made.append(int(numbers[0]))
+        if len(made) == 10:
+            begun.set()
+        time.sleep(0.1 if len(made) > 20 else 0.001)
+        return int(numbers[0]), Stats(rows=1)
+
+    def late(task, steps, name, workers, step_bytes):
+        """Ray Data that starts late and is quick then."""
+        begun.wait(20)
+        for numbers in steps:
+            if broken and numbers[0] == 35:
+                raise UserError("step 35")
+            yield int(numbers[0]), Stats(rows=1)
+
+    monkeypatch.setattr(streaming, "_ray_runs", lambda: True)
+    monkeypatch.setattr(streaming, "_ray", late)
+    broken, begun = False, threading.Event()
+    with streaming.Stream(task, steps, name="late", step_bytes=streaming.HEAD_BYTES // 4) as stream:
+        assert list(stream) == list(range(40))
+        assert stream.stats.rows == 40
+    assert made == list(range(len(made)))
+    assert 10 <= len(made) < 40
+    broken = True
+    made.clear()
+    failing = streaming.Stream(task, steps, name="late", step_bytes=streaming.HEAD_BYTES // 4)
+    with failing, pytest.raises(UserError, match="step 35"):
+        list(failing)

@@ -63,7 +63,7 @@ class Answer:
     text_sums: list[float] | None = None
     text_tokens: list[int] | None = None
     read_tokens: int = 0
-    """Prompt tokens that the model read for this row; a shared prefix is counted at one of its rows."""
+    """Prompt tokens that the model read for this row; a shared prefix is counted at one of its rows, in every batch."""
     read_images: int = 0
     threshold: float | None = None
     sum_threshold: float | None = None
@@ -172,6 +172,8 @@ class Answerer(Chunked):
         self.thresholds: tuple[first_token.Threshold, first_token.Threshold] | None = None
         """Of logits and of options' sums, measured on the first batch."""
         self._texts: dict[tuple[int, ...], str] = {}
+        self._root: tuple[bytes, Any] = (b"", None)
+        """What all prompts of the last batch began with, and the state after it: mostly the next batch's too."""
 
     def _batches(self, chunk: np.ndarray) -> list[list[int]]:
         return [piece.tolist() for piece in cut(chunk, self.size, self.questions.images)]
@@ -201,12 +203,17 @@ class Answerer(Chunked):
         prompts = self.questions.prompts
         keys = [key_of(prompts, row, self.questions.images[row]) for row in rows]
         state, read = None, np.zeros((len(rows), 2), dtype=np.int64)
-        for spans in tree(keys):
-            pack = self._tensors(pack_spans(spans, prompts, rows, images, self.questions.recipe))
+        for spans in (levels := tree(keys)):
             for span in spans:
                 read[span.row] += (span.end - span.start, len(images_of(span, prompts, rows[span.row])))
+            begin = keys[spans[0].row][: spans[0].end].tobytes() if state is None and len(spans) == 1 < len(levels) else b""
+            if begin and begin == self._root[0]:
+                state = self._root[1]
+                continue
+            pack = self._tensors(pack_spans(spans, prompts, rows, images, self.questions.recipe))
             if state is None:
                 state = self.model.start(pack)
+                self._root = (begin, state) if begin else self._root
             else:
                 state = self.model.extend(state, torch.tensor([span.parent for span in spans], device=self.device), pack)
         return state, [(int(tokens), int(shown)) for tokens, shown in read]

@@ -5,7 +5,8 @@ In: a built model whose parts are frozen or not, then each step's micro-batches.
 Counted (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B): a multiply-add is two FLOPs. A map of n weights costs 2n a
 row that meets it; 2n more for its own gradient if it learns; 2n more for its input's gradient if anything before it learns. Attention over
 a segment of L tokens costs 4 L² width a layer, half of it where it is causal, and twice that again where a gradient passes. Segments,
-images and learned positions are the batch's own: no padding, no fillers, no logits at positions that nobody learns. Not counted: biases,
+images and learned positions are the batch's own: no padding, no fillers, no logits at positions that nobody learns, nor what is left out
+for them behind the last attention (`trainers.models.written_out`). Not counted: biases,
 norms, activations, softmax, what an objective does with representations, and whatever is computed a second time (activation
 checkpointing, chunked losses, a first pass for gathered losses). So the rate that follows is the model's, not the hardware's.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 
 from trainers.batch import TensorBatch
+from trainers.models import written_out
 
 OUTPUTS = ("o_proj", "out_proj", "proj")
 """Names of an attention's last map, whose inputs are heads * head_dim."""
@@ -60,7 +62,7 @@ class Flops:
             if "connector" in parts:
                 flowing = _walk(parts["connector"], flowing, self.parts["connector"], "visual")
             head = llm.get_output_embeddings()
-            flowing = _walk(llm, flowing, self.parts["llm"], "tokens", "pairs", causal=True, skip=head)
+            flowing = _walk(llm, flowing, self.parts["llm"], "tokens", "pairs", causal=True, skip=head, few=_asked(model))
             self.parts["llm"]["learned"] += _passes(size(head.weight), head.weight.requires_grad, flowing)
         elif encoder is not None:
             self._clip(encoder, self.parts["encoder"])
@@ -113,15 +115,17 @@ def _passes(weights: int, learns: bool, flowing: bool) -> float:
 
 def _walk(
     module: nn.Module, flowing: bool, into: dict[str, float], rows: str, pairs: str = "", *, causal: bool = False,
-    skip: nn.Module | None = None,
+    skip: nn.Module | None = None, few: Collection[nn.Module] = (),
 ) -> bool:  # fmt: skip
     """Adds a stack's maps (met by `rows`) and attentions (by `pairs`), in the order in which they are registered, which is that of the
-    computation. flowing: whether its input has a gradient. Returns whether its output has one."""
+    computation. flowing: whether its input has a gradient; few: maps that only learned positions meet. Returns whether its output has
+    one."""
     for child in module.modules():
         if child is skip:
             continue
         if isinstance(child, nn.Linear):
-            into[rows] += _passes(child.in_features * child.out_features, child.weight.requires_grad, flowing)
+            met = "learned" if child in few else rows
+            into[met] += _passes(child.in_features * child.out_features, child.weight.requires_grad, flowing)
         elif isinstance(child, (nn.Conv2d, nn.Conv3d)):  # a patch embedding: pixels have no gradient
             into["patches"] += _passes(size(child.weight), child.weight.requires_grad, False)
         elif isinstance(child, nn.MultiheadAttention):
@@ -132,6 +136,15 @@ def _walk(
             into[pairs] += 4.0 * width * (0.5 if causal else 1.0) * (3 if passes else 1)
         flowing = flowing or any(p.requires_grad for p in child.parameters(recurse=False))
     return flowing
+
+
+def _asked(model: Any) -> list[nn.Module]:
+    """Maps of the language model that run for learned positions only: those behind the last attention, where layers are written out."""
+    base: Any = getattr(model.parts["llm"], "base_model", None)
+    if not getattr(model, "written_out", False) or not written_out.takes(base, model.parts["llm"].get_input_embeddings().weight):
+        return []
+    last = base.layers[base.config.num_hidden_layers - 1]
+    return [last.self_attn.o_proj, last.mlp.gate_proj, last.mlp.up_proj, last.mlp.down_proj]
 
 
 def _attention_width(module: nn.Module) -> int:

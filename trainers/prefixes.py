@@ -192,6 +192,10 @@ def images_of(span: Span, prompts: Prompts, row: int) -> list[int]:
     """Which of a prompt's images begin in a span."""
     one = prompts.encoded[row]
     assert one is not None
+    if not len(one.image_slots):
+        return []
+    if len(prompts.layouts[row]) == 1:  # nearly all of them, so without arrays
+        return [0] if span.start <= one.image_slots[0] < span.end else []
     tokens = np.array([layout.tokens for layout in prompts.layouts[row]], dtype=np.int64)
-    firsts = one.image_slots[np.cumsum(tokens) - tokens] if len(tokens) else tokens
+    firsts = one.image_slots[np.cumsum(tokens) - tokens]
     return np.flatnonzero((firsts >= span.start) & (firsts < span.end)).tolist()

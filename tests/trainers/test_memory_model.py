@@ -25,6 +25,7 @@ from trainers import adapters, engine, models, optim
 from trainers.batch import TensorBatch, to_device
 from trainers.context import Context
 from trainers.models.attention import Segments
+from trainers.models.language import TextModel
 from trainers.objectives import load_objective, next_token
 
 PATCH, SIDE = 8, 64
@@ -56,6 +57,12 @@ QWEN2_VL = {
     "image_token_id": 4095, "video_token_id": 4094, "tie_word_embeddings": False,
 }  # fmt: skip
 LORA = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all-linear"}
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers as the modules they are, as on a GPU: written-out layers keep less, and plans are made for GPUs."""
+    monkeypatch.setattr(TextModel, "written_out", False)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,21 +30,19 @@ class Placement:
     """
 
     def __init__(self, rows: Sequence[int], lengths: Sequence[int], prompts: int, device: torch.device | str) -> None:
-        size, row = torch.tensor(list(lengths)), torch.tensor(list(rows))
         used, begins = [0] * prompts, []
         for prompt, length in zip(rows, lengths):
             begins.append(used[prompt])
             used[prompt] += length
         self.width = max(used)
-        segment = torch.arange(len(size)).repeat_interleave(size)
-        column = torch.arange(len(segment)) - (size.cumsum(0) - size)[segment] + torch.tensor(begins)[segment]
-        slot = row[segment] * self.width + column
+        size, row = np.array(list(lengths), dtype=np.int64), np.array(list(rows), dtype=np.int64)
+        first = row * self.width + np.array(begins, dtype=np.int64)  # of each segment's slots
+        slot = np.arange(size.sum()) + np.repeat(first - (size.cumsum() - size), size)
         # A column that holds nothing repeats token 0: finite, masked, never restored.
-        index = torch.zeros(prompts * self.width, dtype=torch.long)
-        owner = torch.full((prompts * self.width,), -1)
-        index[slot], owner[slot] = torch.arange(len(segment)), segment
-        self.index, self.slot = index.to(device), slot.to(device)
-        self.owner = owner.view(prompts, self.width).to(device)
+        index, owner = np.zeros(prompts * self.width, dtype=np.int64), np.full(prompts * self.width, -1, dtype=np.int64)
+        index[slot], owner[slot] = np.arange(len(slot)), np.repeat(np.arange(len(size)), size)
+        self.index, self.slot = torch.from_numpy(index).to(device), torch.from_numpy(slot).to(device)
+        self.owner = torch.from_numpy(owner).view(prompts, self.width).to(device)
         """int64[S, L]: the segment that each new column belongs to, -1 where there is none."""
 
     def spread(self, packed: Tensor) -> Tensor:
@@ -82,6 +81,13 @@ class KeyValues:
         if start == 0:
             return key, value
         return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
+
+    def held(self, layer_idx: int) -> tuple[Tensor, Tensor, Tensor]:
+        """After `update` with a placement: a layer's columns, float[S, G, columns, d] twice, and which hold a token, bool[S, columns]."""
+        assert self.new is not None
+        end = self.width + self.new.width
+        visible = torch.cat([self.visible, self.new.owner >= 0], 1)
+        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end], visible
 
     def keep(self) -> None:
         """The tokens of this pass belong to their prompts from now on."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datasets_ray.errors import UserError
-from trainers.models import attention, support
+from trainers.models import attention, support, written_out
 from trainers.models.decoding import DecodeState, Extension, KeyValues, Placement, Step
 from trainers.models.lean import lean
 from trainers.models.released import Index, as_transformers, text_config
@@ -77,6 +77,8 @@ class TextModel(nn.Module):
     """What trains with next-token prediction and answers questions. Subclasses fill `parts` and override `embed`."""
 
     streams = ("text",)
+    written_out = True
+    """Layers run as one function where they can (`trainers.models.written_out`); False: as the modules they are, to the same numbers."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -113,8 +115,9 @@ class TextModel(nn.Module):
     def forward(self, pack: Any) -> Tensor:
         return self.hidden(pack)
 
-    def hidden(self, pack: Any) -> Tensor:
-        """The pack's hidden states after the final norm, float[T, D]; no token sees another segment.
+    def hidden(self, pack: Any, rows: Tensor | None = None) -> Tensor:
+        """The pack's hidden states after the final norm, float[T, D]; no token sees another segment. rows: int64[K] of the tokens, none
+        twice, whose states are asked for: float[K, D].
 
         An empty pack (T = 0: a rank with nothing left in a step) runs one token and drops it, so that gradients are zero, not absent.
         """
@@ -122,8 +125,12 @@ class TextModel(nn.Module):
         if not lengths:
             filler = self.llm.get_input_embeddings()(pack.ids.new_zeros(1))
             embeddings, positions, lengths = torch.cat([embeddings, filler]), F.pad(positions, (0, 1)), [1]
-        hidden = self._run(embeddings[None], positions, attention.Segments(lengths, pack.ids.device))[0]
-        return hidden[: len(pack.ids)]
+        packing = attention.Segments(lengths, pack.ids.device)
+        if rows is not None and len(rows):
+            return self._run(embeddings[None], positions, packing, rows=rows)
+        # nothing to be learned here: gradients are zero, not absent
+        hidden = self._run(embeddings[None], positions, packing)[0]
+        return hidden[: len(pack.ids)] if rows is None else hidden[:0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float[K, D] → float[K, V]: call it on the positions you need."""
@@ -137,11 +144,18 @@ class TextModel(nn.Module):
             elif hasattr(child, "gradient_checkpointing_enable") and on:  # transformers
                 child.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
-    def _run(self, embeddings: Tensor, positions: Tensor, packing: attention.Packing, cache: KeyValues | None = None) -> Tensor:
-        """float[B, L, D] → float[B, L, D]."""
-        return self.llm.base_model(
+    def _run(
+        self, embeddings: Tensor, positions: Tensor, packing: attention.Packing, cache: KeyValues | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """float[B, L, D] → float[B, L, D]; with rows int64[K] of the B * L float[K, D]."""
+        base = self.llm.base_model
+        if self.written_out and positions.dim() == 2 and written_out.takes(base, embeddings):
+            hidden = written_out.run(base, embeddings, positions, packing, cache, rows)
+            return hidden if rows is not None else hidden.view(embeddings.shape)
+        hidden = base(
             inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=cache is not None, packing=packing
         ).last_hidden_state
+        return hidden if rows is None else hidden.flatten(0, 1).index_select(0, rows)
 
     # ── prediction ───────────────────────────────────────────────────────────────────────────────────────────────────────
     @torch.no_grad()
@@ -180,11 +194,11 @@ class TextModel(nn.Module):
         positions = self.positions(pack)
         if following is not None:
             positions = positions + following[segment]
-        hidden = self._run(self.embed(pack)[None], positions, packing, cache)[0]
+        hidden = self._run(self.embed(pack)[None], positions, packing, cache, lengths.cumsum(0) - 1)
         cache.keep()
         furthest = positions.reshape(-1, positions.shape[-1]).amax(0)
         following = furthest.new_zeros(len(lengths)).scatter_reduce(0, segment, furthest, "amax", include_self=False) + 1
-        return DecodeState(cache, following, self.logits(hidden[lengths.cumsum(0) - 1]))
+        return DecodeState(cache, following, self.logits(hidden))
 
     @torch.no_grad()
     def step(self, state: DecodeState, ids: Tensor) -> Tensor:

@@ -51,16 +51,22 @@ class NextToken:
 
     def forward(self, model: Any, batch: TensorBatch) -> Output:
         pack = batch.streams[self.stream]
-        hidden = model.hidden(pack)
-        return Output(self.loss_sum(model, pack, hidden))
+        assert pack.learned is not None, f"stream {self.stream!r} holds no tokens"
+        states = model.hidden(pack, pack.learned)
+        return Output(self._loss_sum(model, pack, states, torch.arange(len(states), device=states.device)))
 
     def loss_sum(self, model: Any, pack: TensorPack, hidden: Tensor) -> Tensor:
-        """The same over hidden states that another objective has at hand."""
+        """The same over the hidden states float[T, D] of all positions, which another objective has at hand."""
+        assert pack.learned is not None, f"stream {self.stream!r} holds no tokens"
+        return self._loss_sum(model, pack, hidden, pack.learned)
+
+    def _loss_sum(self, model: Any, pack: TensorPack, hidden: Tensor, learned: Tensor) -> Tensor:
+        """learned: where in `hidden` the learned positions are."""
         vocabulary = getattr(model.lm_head, "out_features", None) or int(model.lm_head.weight.shape[0])
-        assert pack.learned is not None and pack.targets is not None, f"stream {self.stream!r} holds no tokens"
+        assert pack.targets is not None
         # as many chunks on every rank: under ZeRO-3 each one gathers the head from all of them
         chunks = max(1, -(-pack.most_learned * vocabulary // self.most))
-        return token_loss_sum(hidden, model.lm_head, pack.learned, pack.targets, chunks)
+        return token_loss_sum(hidden, model.lm_head, learned, pack.targets, chunks)
 
     def normaliser(self, batch: TensorBatch) -> float:
         return float(max(1, batch.valid_tokens))

@@ -36,7 +36,7 @@ check: setup ## lint, types and the fast tests
 	$(PY) -m mypy grid trainers datasets_ray
 	$(PY) -m pytest tests -m "not slow" -n $(JOBS) --dist loadfile
 
-bench: setup ## measure against the peers into experiments/measurements/ (BENCH="step overhead input scoring mining planning", or some of them)
+bench: setup ## measure against the peers into experiments/measurements/ (BENCH="step input": only these)
 	$(PY) -m tests.bench $(BENCH)
 
 bench-gpu: setup ## the training step at 7B shapes on one GPU

@@ -2,7 +2,7 @@
 
     python -m tests.bench                 all of them
     python -m tests.bench step input      these
-    python -m tests.bench.gpu_step        the one that needs a GPU, and of the packages only torch and transformers
+    python -m tests.bench.gpu_step        the one that needs a GPU, by itself (of the packages only torch and transformers)
 
 A benchmark module has `measure(repeats) -> list[Figure]`; a peer runs on the same rows, weights and machine, in turn with ours. Absolute
 times are of a shared, noisy machine: quote ratios.
@@ -23,14 +23,14 @@ from pathlib import Path
 from tests.bench.figure import Figure, NotHere, table, versions
 
 FOLDER = Path(__file__).resolve().parents[2] / "experiments" / "measurements"
-BENCHMARKS = ("step", "overhead", "input", "scoring", "mining", "planning")
+BENCHMARKS = ("step", "overhead", "reuse", "input", "scoring", "mining", "planning", "demo", "gpu_step")
 
 
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", help=f"benchmarks to run: {', '.join(BENCHMARKS)}")
-    parser.add_argument("--repeats", type=int, default=5, help="paired repetitions (overhead is one run of the grid, whatever this says)")
+    parser.add_argument("--repeats", type=int, default=5, help="paired repetitions (overhead and reuse are runs of the grid, made once)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="where the measurements go (experiments/measurements)")
     options = parser.parse_args()
     unknown = set(options.names) - set(BENCHMARKS)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from grid import devices, shapes
+from tests.bench.figure import Figure
 
 IMAGE_ID, IGNORE = -200, -100
 
@@ -66,6 +67,7 @@ SIZES = {
         1 / 36,
     ),
 }  # fmt: skip
+PARTS = ("encoder", "connector", "llm", "attention", "logits")
 STAGES = {"finetune": {"connector", "llm"}, "pretrain": {"connector"}}
 
 
@@ -242,7 +244,7 @@ def train(stage: str, sizes: Sizes, given: argparse.Namespace) -> dict[str, floa
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu_step", description="How much of a GPU the training step uses.")
     parser.add_argument("--stage", choices=[*STAGES, "both"], default="both")
     parser.add_argument("--shape", choices=list(SIZES), default="7b")
@@ -252,10 +254,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    given = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def measure(repeats: int) -> list[Figure]:
+    """For `make bench`: MFU of both stages over the data sheet's rate, or why there is none."""
+    import torch
+
+    given, name = options([]), torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    sheet, figures = devices.specs(name), []
+    for stage in STAGES:
+        values, why = [], "no GPU here: make bench-gpu measures it" if not name else f"no data sheet of {name}"
+        if sheet is not None:
+            made = train(stage, SIZES[given.shape], given)
+            total = sum(made[part] for part in PARTS)
+            values, why = [total / made["seconds"] / (sheet.bf16 * 1e12)], f"{name}; peak {made['peak']:.1f} GiB"
+        figures.append(Figure(f"7B shapes, {stage}: MFU over the data sheet", "", values, 0.6, "higher", why))
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> int:
     import torch
     import transformers
 
+    given = options(arguments)
     if given.device.startswith("cuda") and not torch.cuda.is_available():
         print("no GPU here: this measures one. On small shapes: --shape tiny --device cpu", file=sys.stderr)
         return 1
@@ -268,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, matrix products {rate / 1e12:.3g} TFLOP/s")
     for stage in STAGES if given.stage == "both" else [given.stage]:
         made = train(stage, SIZES[given.shape], given)
-        parts = {part: made[part] for part in ("encoder", "connector", "llm", "attention", "logits")}
+        parts = {part: made[part] for part in PARTS}
         total, seconds = sum(parts.values()), made["seconds"]
         shares = ", ".join(f"{part} {flops / total:.1%}" for part, flops in parts.items())
         print(f"{stage}: {made['tokens'] / seconds:.0f} real tokens/s, {seconds / given.steps:.3f} s a step of {given.per_step} packs of")

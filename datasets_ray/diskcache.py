@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,30 @@ SPARE = 8
 """Of the disk, one part in so many is left free: more than a Kubernetes node wants of it."""
 STALE_SECONDS = 3600.0
 TRIES = 5
+OURS = (".new-", ".gone-")
+"""How folders begin that are being made or removed; nothing else in the root is ours to touch."""
 
 
-def opened(path: Path, about: Mapping[str, Any], fill: Callable[[Path], None]) -> io.FileIO:
+def opened(path: Path, about: Mapping[str, Any], fill: Callable[[Path], None], parts: Sequence[str] = ()) -> io.FileIO:
     """The folder of a cache, made and filled where there is none; the file that holds a shared lock on it until it is closed.
 
-    about: what it is of, JSON. OSError where it can't be made or belongs to another user.
+    about: what it is of, JSON; parts: files that `fill` makes, without which a folder is made anew.
+    OSError where it can't be made or belongs to another user.
     """
     _prepare(path.parent)
     for _ in range(TRIES):
+        if path.is_dir() and not all((path / name).is_file() for name in ("about.json", "lock", *parts)):
+            _remove(path)  # a cleaner of temporary folders took a part of it
         if not path.is_dir():
             _make(path, about, fill)
         with contextlib.suppress(FileNotFoundError):
             lock = io.FileIO(path / "lock", "r+")
             fcntl.flock(lock, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / "lock")):
-                os.utime(path / "about.json")
+                for name in ("about.json", "lock"):  # cleaners of temporary folders take what is old
+                    os.utime(path / name)
                 return lock  # else it was evicted while we waited
+            lock.close()
     raise OSError(f"{path} can't be opened")
 
 
@@ -69,9 +76,9 @@ def make_room(root: Path, limit: int, need: int) -> int:
     caches: list[tuple[float, Path, int]] = []
     for path in root.iterdir():
         with contextlib.suppress(OSError):
-            if path.name.startswith("."):
-                if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
+            if path.name.startswith(OURS) and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
+            if not (path / "about.json").is_file():
                 continue
             caches.append((os.stat(path / "about.json").st_mtime, path, disk_bytes(path)))
     used = sum(size for _, _, size in caches)
@@ -94,8 +101,17 @@ def _evict(path: Path) -> bool:
     try:
         with io.FileIO(path / "lock", "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = path.with_name(f".gone-{path.name}-{os.getpid()}")
-            os.rename(path, gone)
+            return _remove(path)
+    except FileNotFoundError:
+        return _remove(path)
+    except OSError:
+        return False
+
+
+def _remove(path: Path) -> bool:
+    gone = path.with_name(f".gone-{path.name}-{os.getpid()}")
+    try:
+        os.rename(path, gone)
     except OSError:
         return False
     shutil.rmtree(gone, ignore_errors=True)

@@ -112,11 +112,8 @@ class TrainTask:
         """What a record depends on besides its row."""
         return repr(self.encoding)
 
-    @cached_property
-    def _here(self) -> bool:
-        return node() == self.node
-
     def __call__(self, numbers: np.ndarray) -> tuple[list[Batch], Stats]:
+        here = node() == self.node  # not kept: a task that ran here is sent elsewhere, too
         places = _tables(self.directories).places(numbers)
         records = self._records(places)
         stats = tally(records)
@@ -130,7 +127,7 @@ class TrainTask:
         for place, members in enumerate(ranks[self.rank]):
             streams, most = {}, {}
             for name in self.encoding.streams:
-                segments = [self._decoded(kept[m][name]) for m in members]
+                segments = [self._decoded(kept[m][name], here) for m in members]
                 shape = _shape(self.encoding.image) if self.store is None else None
                 streams[name] = pack(segments, members, shape)  # numbered without gaps: objectives gather by it
                 most[name] = max(sum(kept[m][name].valid for m in bins[place]) for bins in ranks)
@@ -152,12 +149,12 @@ class TrainTask:
         slot = cache.find(place) if cache else None
         return (slot.width, slot.height) if slot else None
 
-    def _decoded(self, segment: Segment) -> Segment:
+    def _decoded(self, segment: Segment, here: bool) -> Segment:
         if not segment.images:
             return segment
         assert self.encoding.image is not None
         recipe = self.encoding.image
-        return replace(segment, images=tuple(image_of(place, recipe, self.store, self._here) for place in segment.images))  # type: ignore[arg-type]
+        return replace(segment, images=tuple(image_of(place, recipe, self.store, here) for place in segment.images))  # type: ignore[arg-type]
 
 
 def train_batches(

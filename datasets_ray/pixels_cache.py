@@ -48,7 +48,7 @@ ENTRY = np.dtype([("stamp", "<u8"), ("height", "<u4"), ("width", "<u4"), ("check
 PAGE = 4096
 FILE_BYTES, MOST_FILES = 4 << 30, 64
 """A file of slots spans so much, or more where there would be too many files."""
-OPEN = 4
+OPEN = 16
 """Caches that a process has open."""
 ROOM_BYTES = 64 << 20
 """A process counts again what lies on the disk after writing so much."""
@@ -89,6 +89,8 @@ class Slot(NamedTuple):
     number: int
     height: int
     width: int
+    stamp: int
+    """Of the source that they were made of: another machine's entry may be of an older one."""
     made: bool
     """Just now, not found."""
 
@@ -122,7 +124,7 @@ class PixelCache:
         self._files: dict[int, io.FileIO] = {}
         self._mutex = threading.Lock()
         self._room, self._full = 0, 0.0
-        self._lock = diskcache.opened(self.path, about, lambda new: _allot(new / "index", slots * ENTRY.itemsize))
+        self._lock = diskcache.opened(self.path, about, lambda new: _allot(new / "index", slots * ENTRY.itemsize), ["index"])
         self.entries = np.memmap(self.path / "index", ENTRY, "r+", shape=(slots,)) if slots else np.zeros(0, ENTRY)
         self.stamped = table.root is not None
 
@@ -159,7 +161,7 @@ class PixelCache:
         entry = self.entries[number]
         if entry["written"] != 1 or entry["stamp"] != stamp:
             return None
-        return Slot(place, number, int(entry["height"]), int(entry["width"]), False)
+        return Slot(place, number, int(entry["height"]), int(entry["width"]), int(entry["stamp"]), False)
 
     def _put(self, place: Place, pixels: np.ndarray, stamp: int | None) -> Slot | None:
         if stamp is None or pixels.nbytes > self.slot_bytes or not self._has_room(pixels.nbytes):
@@ -178,7 +180,7 @@ class PixelCache:
         entry["stamp"], entry["height"], entry["width"] = stamp, height, width
         entry["check"] = _check(data, stamp, height, width)
         entry["written"] = 1
-        return Slot(place, number, height, width, True)
+        return Slot(place, number, height, width, stamp, True)
 
     def read(self, slot: Slot, out: np.ndarray) -> bool:
         """Fills `out`, uint8[H, W, 3]. False, and the slot is free again, when they aren't the pixels that were written."""
@@ -187,7 +189,8 @@ class PixelCache:
         data = out.data.cast("B")
         try:
             file, offset = self._file(slot.number)
-            sound = written == 1 and (height, width) == out.shape[:2] and os.preadv(file.fileno(), [data], offset) == len(data)
+            sound = (written, stamp, height, width) == (1, slot.stamp, *out.shape[:2])
+            sound = sound and os.preadv(file.fileno(), [data], offset) == len(data)
         except OSError:
             sound = False
         if sound and _check(data, stamp, height, width) == check:
@@ -267,8 +270,10 @@ def _slot_bytes(recipe: Any) -> int:
 
 
 def _allot(path: Path, nbytes: int) -> None:
+    """All of it on the disk: a hole written to through a memory map when the disk is full would end the process."""
     with path.open("wb") as file:
-        file.truncate(nbytes)
+        if nbytes:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
 
 
 def _check(data: memoryview, *facts: int) -> int:

@@ -137,6 +137,8 @@ def _pump(
     """Moves results into the queue until the source ends or the consumer stops; the source is closed in this thread."""
     last: Any = _END
     try:
+        if stop.is_set():
+            return
         for result, stats in source:
             if not _put(target, (finish(result) if finish else result, stats), stop):
                 break
@@ -212,6 +214,8 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, st
     """The same by Ray Data: blocks of steps → map_batches → one binary column, a row per step."""
     if not len(steps):
         return
+    if not _ray_runs():
+        raise RuntimeError("Ray was shut down while data streamed")  # its calls would start another one
     import logging
 
     import pyarrow as pa

@@ -59,7 +59,7 @@ class Lane:
     def __init__(self, config: dict[str, Any], ledger: Any, rank: int, world: int) -> None:
         import torch
 
-        from datasets_ray.pixels_cache import PixelStore
+        from datasets_ray.pixels_cache import PixelStore, home
 
         self.config, self.ledger, self.rank, self.world, self.name = config, ledger, rank, world, config["lane"]
         stages.KINDS.update({kind: stages.Kind(**entry) for kind, entry in config.get("kinds", {}).items()})
@@ -75,7 +75,7 @@ class Lane:
         gc.freeze()  # a million objects of torch and transformers need no looking at after every stage
         self.store = Store(config["store"])
         self.cache = Cache(int(config.get("cache_mb", 1024)) << 20)
-        self.pixels = PixelStore(config["pixels_mb"] << 20) if config.get("pixels_mb") else None
+        self.pixels = PixelStore(config["pixels_mb"] << 20, str(home().absolute())) if config.get("pixels_mb") else None
         self.metrics = Path(config["metrics"])
         self.grace = float(config.get("grace_seconds", 30.0))
         self.stop = threading.Event()

@@ -176,7 +176,6 @@ class Training:
         models.train_parts(model, set(phase.learning_rates))
         adapters.freeze_rest(model)
         model.train()
-        self.meter.watch(model)
         rates = phase.learning_rates
         rows = [{**row, "phase": phase.number, "learning_rate": rates.get(row["part"])} for row in models.freeze_table(model)]
         for row in rows:
@@ -189,6 +188,7 @@ class Training:
             model, objective, groups, spec["optimizer"], zero=zero, precision=precision, clip=spec.get("clip"),
             device=ctx.device, rank=ctx.rank, world=ctx.world, offload=offload, more=ctx.runtime.get("deepspeed"),
         )  # fmt: skip
+        self.meter.watch(model)  # where it is now decides what is computed
         if self.engine.zero != zero:
             why = "state is offloaded from ZeRO 2 on" if offload else f"{precision} gradients are accumulated in fp32 from ZeRO 1 on"
             self.notes.append(f"ZeRO {self.engine.zero} instead of {zero}: {why}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable
@@ -242,6 +243,51 @@ def test_nobody_evicts_what_is_open_and_what_has_no_room_travels(tmp_path):
     assert counts["passed"] > 0
     assert counts["passed"] + counts["made"] == stats.images
     assert collect([first], LARGE, store)[2]["damaged"] == 0
+
+
+def test_nothing_of_the_users_own_is_touched(directories, tmp_path):
+    """A folder that holds other things, hidden and old ones too, may be named."""
+    for name in (".ssh", "work"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        (tmp_path / "own" / name / "file").write_text("mine")
+        os.utime(tmp_path / "own" / name, (0, 0))
+    collect(directories, store=PixelStore(1, str(tmp_path / "own")))  # no room: everything that is ours goes
+    assert all((tmp_path / "own" / name / "file").read_text() == "mine" for name in (".ssh", "work"))
+
+
+@pytest.mark.parametrize("lost", ["lock", "about.json", "index"])
+def test_a_cache_that_lost_a_file_is_made_anew(directories, store, lost):
+    collect(directories, store=store)
+    pixels_cache.forget()
+    for path in Path(store.folder).iterdir():
+        (path / lost).unlink()
+    assert collect(directories, store=store)[2]["made"] > 0
+    pixels_cache.forget()
+    assert collect(directories, store=store)[2]["found"] > 0
+
+
+def test_a_slot_of_another_source_is_not_read(directories, store):
+    """Another machine saw the new photo, this one kept the old."""
+    collect(directories, store=store)
+    kept = cache(directories[1], store)
+    shown = next(row for row, images in enumerate(kept.table.column("images")) if images)
+    slot = kept.find(Place(str(directories[1]), shown, 0))
+    assert slot is not None
+    out = np.empty((slot.height, slot.width, 3), np.uint8)
+    assert kept.read(slot, out) and not kept.read(slot._replace(stamp=slot.stamp + 1), out)
+
+
+def test_a_task_that_ran_here_sends_pixels_when_it_runs_elsewhere(directories, store, monkeypatch):
+    index = index_of(directories, 8, epochs=1, seed=3)
+    task = pipeline.TrainTask(tuple(map(str, directories)), vlm(SQUARE), 0, 1, 300, store, "here")
+    monkeypatch.setattr(pipeline, "node", lambda: "here")
+
+    def sent(one):
+        return [image for batch in one(index[0])[0] for stream in batch.streams.values() for image in stream.images]
+
+    assert all(isinstance(image, Slot) for image in sent(task))
+    monkeypatch.setattr(pipeline, "node", lambda: "elsewhere")
+    assert not any(isinstance(image, Slot) for image in sent(pickle.loads(pickle.dumps(task))))
 
 
 def test_leftovers_of_killed_processes_are_cleared(tmp_path):

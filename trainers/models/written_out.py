@@ -30,7 +30,7 @@ def takes(base: Any, x: Tensor) -> bool:
     """Whether this base model's layers are the ones that are reproduced here, and can be now."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not _known(type(base)):
         return False
-    if base.training and getattr(base, "gradient_checkpointing", False):
+    if _hooked(base) or base.training and getattr(base, "gradient_checkpointing", False):
         return False
     return all(_plain(layer) for layer in base.layers)
 
@@ -47,9 +47,13 @@ def _plain(layer: Any) -> bool:
     return (
         all(type(one).forward is lean._norm for one in norms) and all(type(one) is nn.Linear for one in maps)
         and all(one.bias is None for one in maps[3:])
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in (layer, attention, mlp, *norms, *maps))
+        and not any(_hooked(module) for module in (layer, attention, mlp, *norms, *maps))
         and not any(hasattr(one.weight, "ds_id") or one.weight.dtype != torch.float32 for one in (*norms, *maps))
     )  # fmt: skip
+
+
+def _hooked(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 @lru_cache(maxsize=1)

@@ -37,8 +37,8 @@ from trainers.question_sets import QuestionSet
 FAMILIES = ("vlm", "qwen2_vl", "causal_lm")
 Spec = dict[str, Any]
 METHODS = ("generate", "first_token", "likelihood")
-WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt")
-"""Files that make a model what it is."""
+WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".py")
+"""Files that make a model and its prompts what they are."""
 ASKED = "asked.json"
 """Beside finished predictions: the key of what was asked."""
 
@@ -109,6 +109,7 @@ def files_of(directory: Path) -> list[Any]:
 def weights_of(spec: Mapping[str, Any], inputs: Mapping[str, Path]) -> list[Any]:
     """What the model's weights are: the files of its stages, and of checkpoints that are directories; a hub id stands in its spec."""
     checkpoints = {part["weights"].get("checkpoint") for part in spec["parts"].values()}
+    checkpoints.add(spec.get("tokenizer"))
     local = sorted(Path(name) for name in checkpoints if name and Path(name).is_dir())
     return [[name, files_of(folder)] for name, folder in sorted(inputs.items())] + [files_of(folder) for folder in local]
 
@@ -127,7 +128,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     image = None if own else recipe_of(spec, options.recipe)
     told_images = "" if options.recipe else " (from the encoder; --recipe says otherwise)"
     print("images: as its own processor has them" if own else f"images: {json.dumps(image)}{told_images}", file=sys.stderr)
-    options.under_test = [str(folder) for folder in inputs.values() if contrastive(str(folder))]
+    folders = [*inputs.values(), *(Path(name) for part in spec["parts"].values() if (name := part["weights"].get("checkpoint")))]
+    options.under_test = [str(folder) for folder in folders if folder.is_dir() and contrastive(str(folder))]
     sets = [question_sets.how(Path(questions).name, Path(questions), options) for questions in options.questions]
     for name, file in zip(map(stem, question_sets.wanted(options)), files):
         rows = question_sets.questions_of(name, file, options, kept)

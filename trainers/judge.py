@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +31,8 @@ from datasets_ray.errors import UserError, nearest
 Conversation = Sequence[Mapping[str, str]]
 PASSING = (408, 409, 425, 429)
 """HTTP answers besides 5xx after which the same question may succeed."""
+REFUSED = (400, 413, 422)
+"""HTTP answers that mean this question, not the next one: a content filter, too long a text."""
 LONGEST = 60.0
 """Seconds between two attempts at most."""
 
@@ -36,8 +40,10 @@ LONGEST = 60.0
 @dataclass(frozen=True)
 class Reply:
     text: str
+    """Empty where there was none to this question; `why` says the reason, and it is asked again the next time."""
     model: str
     """What the endpoint says that it is; the requested name where it doesn't."""
+    why: str = ""
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -84,7 +90,7 @@ class Judge:
 
     def ask(self, conversations: Sequence[Conversation], max_tokens: int = 64) -> list[Reply]:
         """A reply for each, in their order; equal ones are asked once. ConnectionError or TimeoutError after the last attempt (what was
-        answered until then is kept), UserError where asking again can't help."""
+        answered until then is kept), UserError where asking again can't help or no question at all was answered."""
         bodies = {self._name(one, max_tokens): self._body(one, max_tokens) for one in conversations}
         known = {name: reply for name in bodies if (reply := self._kept(name)) is not None}
         waiting = [name for name in bodies if name not in known]
@@ -97,6 +103,10 @@ class Judge:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
+        if known and not any(reply.text for reply in known.values()):
+            why = next(iter(known.values())).why
+            hint = "a judge that thinks before it answers has no tokens left for it: turn that off, or take another model"
+            raise UserError(f"the judge {self.model} at {self.host} answers nothing", why=why, hint=hint)
         return [known[self._name(one, max_tokens)] for one in conversations]
 
     # ── one question ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -116,13 +126,17 @@ class Judge:
         if not key:
             why = "the judge's key is read there"
             raise UserError(f"environment variable {self.key_env} is empty", why=why, hint=f"export {self.key_env}=..., on every machine")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            why = "it has white space or characters that no header takes"
+            raise UserError(f"environment variable {self.key_env} holds no key", why=why)
         return key
 
     def _one(self, name: str, body: bytes, key: str) -> Reply:
         for attempt in range(self.attempts):
             try:
                 reply = self._sent(body, key)
-                self._keep(name, reply)
+                if reply.text:
+                    self._keep(name, reply)
                 return reply
             except _Passing as error:
                 if attempt + 1 == self.attempts:
@@ -139,12 +153,16 @@ class Judge:
         try:
             with urllib.request.build_opener(_Stay).open(request, timeout=self.timeout) as answer:
                 given = json.loads(answer.read())
-            message = given["choices"][0]["message"]
-            return Reply(_without(key, str(message.get("content") or "")), str(given.get("model") or self.model))
+            choice = given["choices"][0]
+            said = _without(key, str(choice["message"].get("content") or "").strip())
+            why = "" if said else f"an empty reply, finish_reason {choice.get('finish_reason')!r}"
+            return Reply(said, str(given.get("model") or self.model), why)
         except urllib.error.HTTPError as error:
             said = _without(key, error.read(2000).decode("utf-8", "replace").strip().replace("\n", " "))[:300]
             if error.code >= 500 or error.code in PASSING:
                 raise _Passing(f"HTTP {error.code} {said}", wait=_seconds(error.headers.get("Retry-After"))) from None
+            if error.code in REFUSED:
+                return Reply("", self.model, f"HTTP {error.code} {said}")
             hint = {401: "the key, in the variable that key_env names", 404: "url ends in /v1; model is a name that the endpoint serves"}
             why = said or str(error.reason)
             raise UserError(f"the judge at {self.host} answers HTTP {error.code}", why=why, hint=hint.get(error.code, "")) from None
@@ -170,7 +188,7 @@ class Judge:
             return
         path = self.cache / name[:2] / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.with_name(f"{path.name}.{os.getpid()}.part")
+        torn = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.part")
         torn.write_text(json.dumps({"text": reply.text, "model": reply.model}), encoding="utf-8")
         torn.replace(path)
 

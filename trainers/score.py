@@ -38,6 +38,7 @@ from trainers.marking import Judging, Marked, counted
 PICK = "likelihood_text_raw"
 """The way of comparing likelihoods that is the value of method `likelihood`."""
 NO_JUDGE, INCOMPLETE = "needs a judge model", "a rotation of its group was dropped"
+LONE, NO_OPTIONS = "the other question of its pair was dropped", "no options whose likelihoods could be compared"
 NOT_RUN = "needs a judge model and none is given (evaluation: {judge: {url: ..., model: ...}}, or --judge-url and --judge-model)"
 
 
@@ -86,11 +87,19 @@ def score_method(
     def scored_by(name: str) -> tuple[pa.Table | None, dict[str, Any]]:
         if name in greedy:
             return score(predictions, rule, metric, judged)
-        letters = predictions.column(f"{PICK if name == 'likelihood' else name}_letter").to_pylist()
-        table = predictions.drop_columns(["text"] if "text" in columns else [])
-        answers = score(table.append_column("text", pa.array([letter or "" for letter in letters], pa.string())), "strict", metric)
-        pick = (PICK if name == "likelihood" else name).removeprefix("likelihood_")
-        return answers[0], {**answers[1], "rule": pick, "rule_source": f"the option with the largest {pick} (trainers.likelihood)"}
+        column = PICK if name == "likelihood" else name
+        pick = column.removeprefix("likelihood_")
+        told = {"rule": pick, "rule_source": f"the option with the largest {pick} (trainers.likelihood)"}
+        listed = pa.array([bool(options) for options in predictions.column("options").to_pylist()], pa.bool_())
+        table, bare = predictions.filter(listed), len(predictions) - listed.true_count
+        if not len(table):
+            return None, {"not_run": NO_OPTIONS, "metric": metric, "n": 0, "left_out": {NO_OPTIONS: bare}, **told}
+        letters = [letter or "" for letter in table.column(f"{column}_letter").to_pylist()]
+        table = table.drop_columns(["text"] if "text" in columns else []).append_column("text", pa.array(letters, pa.string()))
+        scored, found = score(table, "strict", metric)
+        if bare:
+            found["left_out"] = {**found.get("left_out", {}), NO_OPTIONS: bare}
+        return scored, {**found, **told}
 
     table, scores = scored_by(method)
     others = {name: scored_by(name)[1] for name in [*greedy[:1], *picks]} if len(made) > 1 or picks else {}
@@ -100,6 +109,7 @@ def score_method(
 
 def write(scored: pa.Table | None, scores: dict[str, Any], out: Path) -> None:
     """scored: None where the benchmark was not run."""
+    (Path(out) / "scored.parquet").unlink(missing_ok=True)  # of a run that had what this one lacks
     if scored is not None:
         parquet.write_table(scored, Path(out) / "scored.parquet")
     (Path(out) / "scores.json").write_text(json.dumps(scores, indent=1, sort_keys=True))
@@ -131,6 +141,11 @@ def score(predictions: pa.Table, rule: str, metric: str, judged: Judging | None 
         left_out[INCOMPLETE] = len(groups.members) - len(whole)
         rows = [rows[at] for part in whole for at in part]
         groups = metrics.Groups.of([row["meta"].get("group") or row["id"] for row in rows])
+    if metric == "mme":
+        pairs = Counter(row["meta"].get("pair") for row in rows)
+        left_out[LONE] = sum(pairs[row["meta"].get("pair")] == 1 for row in rows)
+        rows = [row for row in rows if pairs[row["meta"].get("pair")] != 1]
+        groups = metrics.Groups.of([row["id"] for row in rows])
     metrics.classes_of([row["label"] or "" for row in rows])  # nothing to score is an error
     marked = marking.mark(rows, reader, metric, judged)
     points = metrics.SETS[metric](marked.marks()) if metric in metrics.SETS else None

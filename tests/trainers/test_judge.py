@@ -143,6 +143,29 @@ def test_what_was_answered_before_a_failure_is_kept(server: Server, tmp_path: Pa
     assert len(server.asked) == before + 1
 
 
+def test_a_question_without_an_answer_is_none_of_the_others_and_asked_again(server: Server, tmp_path: Path) -> None:
+    def says(words: str, asked: int) -> tuple[int, Any, float]:
+        return {"filtered": (400, {"error": "content filter"}, 0.0), "silent": (200, None, 0.0)}.get(words, (200, "0.5", 0.0))
+
+    server.says = says
+    judge = Judge.of({"url": server.url, "model": "m", "cache": str(tmp_path)})
+    talks = [[{"role": "user", "content": words}] for words in ("fine", "filtered", "silent")]
+    first, refused, silent = judge.ask(talks)
+    assert (first.text, refused.text, silent.text) == ("0.5", "", "")
+    assert "HTTP 400" in refused.why and "empty reply" in silent.why
+    judge.ask(talks)
+    assert [one["messages"][-1]["content"] for one in server.asked].count("fine") == 1 and len(server.asked) == 5
+    with pytest.raises(UserError, match="answers nothing"):
+        judge.ask(talks[1:])
+
+
+def test_a_key_that_no_header_takes_is_never_quoted(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-one\nsk-two")
+    with pytest.raises(UserError, match="holds no key") as caught:
+        Judge.of({"url": server.url, "model": "m", "key_env": "JUDGE_KEY"}).ask([[{"role": "user", "content": "x"}]])
+    assert "sk-" not in str(caught.value) and not server.asked
+
+
 def test_no_more_than_the_limit_are_open_at_once(server: Server) -> None:
     server.says = lambda words, asked: (200, words, 0.02)
     Judge.of({"url": server.url, "model": "m", "concurrency": 3}).ask([told(str(n)) for n in range(12)])

@@ -1,6 +1,6 @@
 """What a study may say but most likely doesn't mean: a typed study and its arms in, a sentence for each doubt out. Nothing stops for one.
 
-A contrast that no pair of arms answers; arms of different axes that train the same.
+A contrast that no pair of arms answers; arms that train the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ def doubts(study: Study, arms: Sequence[Arm]) -> list[str]:
     for arm in arms:
         if arm.released is None and (twin := twins.setdefault(arm.content, arm)) is not arm:
             differ = ", ".join(axis for axis in study.axes if arm.axes[axis] != twin.axes[axis])
-            found.append(f"arms {twin.name} and {arm.name} train the same: their {differ} sets no key of the recipe to another value")
+            why = f"their {differ} sets no key of the recipe to another value" if differ else "what one sets is what the other has anyway"
+            found.append(f"arms {twin.name} and {arm.name} train the same: {why}")
     return found
 
 

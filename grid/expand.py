@@ -107,7 +107,7 @@ def _no_twins(arms: list[Arm], reader: Reader) -> None:
     rows: dict[int, Arm] = {}
     contents: dict[Any, Arm] = {}
     for arm in arms:
-        content = (tuple(arm.axes.values()), arm.content)
+        content = (arm.released, tuple(arm.axes.values()), repr(sorted((arm.changes or {}).items())))
         if (twin := names.setdefault(arm.name, arm)) is not arm:
             reader.error(f"arm {arm.name!r} defined twice", why=f"also at {twin.where}", hint="names are unique", where=arm.where)
         elif (twin := contents.setdefault(content, arm)) is not arm:

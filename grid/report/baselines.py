@@ -33,7 +33,8 @@ def control_table(results: Results) -> Table | None:
         columns,
         marks=marks_of(results),
         caption="accuracy over valid answers, since an invalid one can't be right by chance; chance: one over the options shown; "
-        "pooled: a question answered by several arms counts once, with their mean",
+        "pooled: a question answered by several arms counts once, with their mean; mined options lie around the right one, which alone can "
+        "lift a set above chance",
     )
     pooled: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
     for arm in results.arms:

@@ -1,6 +1,7 @@
 """A report as Markdown: what a terminal, a pull request and a README show.
 
-In: a built `Report` and its figures' file names. Out: text; links are relative to the report folder.
+In: a built `Report` and its figures' file names. Out: text; links are relative to the report folder, and left out of numbers, which the
+page links: a table should read as text.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def render_table(table: Table, links: bool = True) -> list[str]:
         heads = [" ".join(part for part in (c.group, c.title) if part) for c in table.columns]
         lines.append("| " + " | ".join(map(_escape, heads)) + " |")
         lines.append("|" + "|".join("---:" if c.numeric else "---" for c in table.columns) + "|")
-        lines += ["| " + " | ".join(_cell(cell, links) for cell in cells) + " |" for cells in table.rows]
+        for cells in table.rows:
+            lines.append("| " + " | ".join(_cell(cell, links and not c.numeric) for c, cell in zip(table.columns, cells)) + " |")
     notes = [*table.notes, *table.absences()]
     if notes:
         lines += ["", *(f"- {_escape(note)}" for note in notes)]

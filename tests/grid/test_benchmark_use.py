@@ -32,7 +32,7 @@ def test_a_file_says_data_prompt_rule_and_metric(tmp_path: Path):
     assert found["data"]["name"] == "data pope" and found["data"]["spec"] == {
         "source": "benchmark_tables", "set": "pope", "images": "coco/val2014", "open": "yes_no", "expect": 9000, "most_dropped": 0.01,
     }  # fmt: skip
-    assert found["predict"]["suffix"] == "" and found["predict"]["max_new_tokens"] == 8
+    assert found["predict"]["suffix"] == "" and found["predict"]["max_new_tokens"] == 64
     assert found["score"]["metric"] == "f1" and found["score"]["rule"] == "vlmevalkit"
 
 
@@ -55,6 +55,27 @@ def test_a_profile_says_what_a_name_means(tmp_path: Path):
     found = planned(tmp_path, "{data: mmstar}", profile=changes)
     spec = {"source": "vlmevalkit_tsv", "file": "elsewhere/MMStar.tsv", "expect": 1500, "allow_subset": True, "most_dropped": 0.01}
     assert found["data"]["spec"] == spec and found["score"]["metric"] == "accuracy"
+
+
+def test_a_profiles_data_that_ask_something_else_are_told_and_can_be_chosen(tmp_path: Path):
+    own = PROFILE + "  mmbench: {source: vlmevalkit_tsv, keys: {file: MMBench_DEV_EN.tsv, circular: true}, rows: 2948}\n"
+    with pytest.raises(UserError, match="asks something else than mmbench .circular: True instead of None"):
+        planned(tmp_path, "{use: mmbench}", profile=own)
+    theirs = planned(tmp_path, "{use: mmbench, data: mmbench}", profile=own)
+    assert theirs["data"]["spec"]["circular"] is True
+    published = planned(tmp_path, "{use: mmbench, data: mmbench-as-published}", profile=own)
+    assert "circular" not in published["data"]["spec"] and published["data"]["spec"]["expect"] == 1164
+    assert planned(tmp_path, "{use: mmbench_circular}", profile=own)["data"]["spec"]["circular"] is True
+
+
+def test_a_profile_may_change_a_benchmark_that_a_study_leaves_out(tmp_path: Path):
+    assert planned(tmp_path, "{data: counts}", "data.pope.keys.images=val2014") == planned(tmp_path, "{data: counts}")
+
+
+def test_two_files_dont_share_the_name_of_their_rows(tmp_path: Path):
+    (tmp_path / "pope.yaml").write_text(Path("experiments/benchmarks/pope.yaml").read_text())
+    with pytest.raises(UserError, match="two benchmarks read their rows from 'pope'"):
+        planned(tmp_path, f"{{use: pope}}\n  others: {{use: {tmp_path}/pope.yaml}}")
 
 
 def test_a_file_of_ones_own(tmp_path: Path):

@@ -43,12 +43,6 @@ ODD: dict[str, tuple[str, str, str, str, str]] = {
     "an axis that undoes another": (
         "study", "short: {pretrain.data: captions}", DEEP, "study.yaml:26", "to different values, the other at study.yaml:24",
     ),
-    "an arm under another name": (
-        "study", "  - {name: first}", "  - {name: first}\n  - {name: again, set: {finetune.batch: 4}}", "study.yaml:34", "are the same",
-    ),
-    "an arm under its study's seed": (
-        "study", "  - {name: first}", "  - {name: first}\n  - {name: f, seeds: [3]}", "study.yaml:34", "are the same",
-    ),
     "a seed twice": (
         "study", "  - {name: first}\n", "  - {name: other, at: {llm: thinker}, seeds: [1, 1]}\n  - {name: first}\n",
         "study.yaml:33", "twice",
@@ -172,21 +166,23 @@ def test_settings_come_one_by_one_or_together_and_reach_into_lists(tmp_path):
 def test_what_is_legal_and_hardly_meant_is_told_and_planned(tmp_path):
     short = "    short: {pretrain.data: captions}"
     text = changed(STUDY, short, f"{short}\n{short.replace('short', 'brief')}")
-    text = changed(text, "  - {name: first}", "  - {name: first}\n  - {name: brief, at: {pretraining: brief}}")
+    arms = ["{name: first}", "{name: brief, at: {pretraining: brief}}", "{name: seeded, seeds: [3]}"]
+    text = changed(text, "  - {name: first}", "\n".join(f"  - {arm}" for arm in arms))
     more = [
         "  - {name: nowhere, axis: encoder, from: weak, to: strong, where: pretraining=none}",
         "  - {name: unpaired, axis: llm, from: talker, to: thinker}",
-        "  - {name: apart, axis: encoder, from: weak, to: strong, where: source=trained;name!=first}",
+        "  - {name: apart, axis: encoder, from: weak, to: strong, where: source=trained;name!=first;name!=seeded-s3}",
     ]
     text = changed(text, "row!=9}", "row!=9}\n" + "\n".join(more))
     study, profile = write(tmp_path, text)
     planned = plan.make_plan(study, profile=profile)
     doubts = planned["study"]["doubts"]
-    assert len(doubts) == 4, doubts
+    assert len(doubts) == 5, doubts
     assert doubts[0] == "contrast nowhere: no arm is where 'pretraining=none'"
     assert doubts[1] == "contrast unpaired: no arm has llm thinker"
     assert doubts[2] == "contrast apart: no two arms differ in encoder only, from weak to strong"
     assert doubts[3].startswith("arms first and brief train the same: their pretraining")
+    assert doubts[4] == "arms first and seeded-s3 train the same: what one sets is what the other has anyway"
     clean, _ = write(tmp_path)
     assert plan.make_plan(clean, profile=profile)["study"]["doubts"] == []
 

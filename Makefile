@@ -25,7 +25,7 @@ setup: .venv/.ready ## the environment in .venv, from requirements.lock (about 3
 	$(UV) pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: setup ## the main study on the tiny profile: 22 arms trained, evaluated, reported (two cores, about a quarter of an hour)
+demo: setup ## the main study on the tiny profile: 22 arms trained, evaluated, reported (about ten minutes on two cores)
 	$(PY) -m grid.run experiments/full_ablation.yaml --profile tiny --out $(OUT)
 
 test: setup ## the whole test suite, two files at a time (more: make test JOBS=8)

@@ -65,11 +65,11 @@ def _arms(results: Results, benchmark: str) -> Table:
 
 
 def _parts(results: Results, benchmark: str) -> Table | None:
-    """Categories, subtasks or accuracies over groups, a row each; None where the benchmark has none."""
+    """Categories, subtasks or accuracies over groups, a row each; None where it has no two."""
     found = {arm.name: parts for arm in results.arms if benchmark in arm.scores and (parts := parts_of(arm.scores[benchmark]))}
     names = list(dict.fromkeys(name for parts in found.values() for name in parts))
-    if not names:
-        return None
+    if len(names) < 2:
+        return None  # one part is the whole
     columns = [Column("part", numeric=False), *(Column(name) for name in found)]
     table = Table("parts", "By part", columns, marks=marks_of(results), caption="percentage points, or what the part says it is")
     for name in names[:MOST_PARTS]:

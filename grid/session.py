@@ -175,6 +175,10 @@ class Session:
         self.meter.word = str(context.address_info.get("session_dir", "")).rpartition("/")[2]
         if context.dashboard_url:
             self.display.say(f"Ray dashboard: http://{context.dashboard_url}  (token: `ray get-auth-token`)")
+        if self.settings.pixels_mb:
+            from datasets_ray.pixels_cache import home
+
+            self.display.say(f"decoded images are kept in {home()} of each machine, {self.settings.pixels_mb} MB at most (pixels_mb)")
 
     def _lane_config(self) -> dict[str, Any]:
         from grid.ledger_actor import NAME, NAMESPACE

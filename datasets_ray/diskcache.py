@@ -11,6 +11,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -22,6 +23,8 @@ SPARE = 8
 """Of the disk, one part in so many is left free: more than a Kubernetes node wants of it."""
 STALE_SECONDS = 3600.0
 TRIES = 5
+NAME = re.compile("[0-9a-f]{24}")
+"""How a cache's folder is called."""
 OURS = (".new-", ".gone-")
 """How folders begin that are being made or removed; nothing else in the root is ours to touch."""
 
@@ -78,7 +81,7 @@ def make_room(root: Path, limit: int, need: int) -> int:
         with contextlib.suppress(OSError):
             if path.name.startswith(OURS) and time.time() - path.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)  # left by a process that was killed
-            if not (path / "about.json").is_file():
+            if not NAME.fullmatch(path.name):
                 continue
             caches.append((os.stat(path / "about.json").st_mtime, path, disk_bytes(path)))
     used = sum(size for _, _, size in caches)

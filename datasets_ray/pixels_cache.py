@@ -96,11 +96,9 @@ class Slot(NamedTuple):
 
 
 def home() -> Path:
-    """This machine's folder for kept pixels: FINEGRID_PIXELS, else one of the user's own among the temporary files that lie on a disk."""
-    named = os.environ.get("FINEGRID_PIXELS")
-    if named:
-        return Path(named)
-    disk = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir())  # /tmp may be memory
+    """This machine's folder for kept pixels, one that holds nothing else: in FINEGRID_PIXELS, else among the temporary files of a disk."""
+    usual = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()  # /tmp may be memory
+    disk = os.environ.get("FINEGRID_PIXELS") or os.environ.get("TMPDIR") or usual
     return Path(disk) / f"finegrid-pixels-{os.getuid()}"
 
 

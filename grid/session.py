@@ -178,7 +178,8 @@ class Session:
         if self.settings.pixels_mb:
             from datasets_ray.pixels_cache import home
 
-            self.display.say(f"decoded images are kept in {home()} of each machine, {self.settings.pixels_mb} MB at most (pixels_mb)")
+            most = f"{self.settings.pixels_mb} MB at most (pixels_mb)"
+            self.display.say(f"decoded training images are kept in {home()} of each machine, {most}")
 
     def _lane_config(self) -> dict[str, Any]:
         from grid.ledger_actor import NAME, NAMESPACE

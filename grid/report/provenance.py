@@ -32,8 +32,8 @@ def lost_table(results: Results) -> Table | None:
     counts: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
     for stage in results.stages.values():
         summary = (stage.get("done") or {}).get("summary") or {}
-        if stage["kind"] == "score":
-            continue  # repeats what its predictions lost
+        if stage["kind"] == "score":  # the rest repeats what its predictions lost
+            summary = {"n": summary.get("n"), "skipped": summary.get("left_out") or {}}
         of = next((summary[k] for k in ("rows", "samples", "n") if isinstance(summary.get(k), int)), 0)
         for what, count in _lost(summary):
             counts.setdefault((stage["kind"], what), []).append((count, of, stage.get("name", stage["id"])))

@@ -249,10 +249,11 @@ def test_nothing_of_the_users_own_is_touched(directories, tmp_path):
     """A folder that holds other things, hidden and old ones too, may be named."""
     for name in (".ssh", "work"):
         (tmp_path / "own" / name).mkdir(parents=True)
-        (tmp_path / "own" / name / "file").write_text("mine")
+        for file in ("file", "about.json"):
+            (tmp_path / "own" / name / file).write_text("mine")
         os.utime(tmp_path / "own" / name, (0, 0))
     collect(directories, store=PixelStore(1, str(tmp_path / "own")))  # no room: everything that is ours goes
-    assert all((tmp_path / "own" / name / "file").read_text() == "mine" for name in (".ssh", "work"))
+    assert all((tmp_path / "own" / name / "about.json").read_text() == "mine" for name in (".ssh", "work"))
 
 
 @pytest.mark.parametrize("lost", ["lock", "about.json", "index"])
@@ -326,7 +327,7 @@ def test_the_folder_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.delenv("FINEGRID_PIXELS", raising=False)
     assert str(os.getuid()) in pixels_cache.home().name
     monkeypatch.setenv("FINEGRID_PIXELS", str(tmp_path / "mine"))
-    assert PixelStore(MB).root == tmp_path / "mine"
+    assert PixelStore(MB).root == tmp_path / "mine" / f"finegrid-pixels-{os.getuid()}"
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(PermissionError, match="another user"):
         PixelCache(PixelStore(MB), str(many(tmp_path / "rows")), recipe_from_json(SQUARE))

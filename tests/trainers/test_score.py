@@ -206,3 +206,26 @@ def test_choices_stage_writes_questions(tmp_path: Path) -> None:
     assert summary["rows"] == 4 and summary["k"] == 4
     direct = build_from_similarities(inputs["similar"], inputs["rows"], tmp_path / "direct", k=4, seed=1, question="Which one?")
     assert (ctx.out / "rows-00000.arrow").read_bytes() == (tmp_path / "direct" / direct["shards"][0]["file"]).read_bytes()
+
+
+def test_likelihoods_leave_questions_without_options_out_and_say_so() -> None:
+    table = pa.table({
+        "id": ["a", "b"], "options": pa.array([OPTIONS, []], pa.list_(pa.string())), "answer": ["A", "yes"], "label": ["Beagle", None],
+        "meta": [None, json.dumps({"open": "yes_no"})], f"{score.PICK}_letter": ["A", None],
+    })  # fmt: skip
+    scored, scores = score.score_method(table, "vlmevalkit", "accuracy", "likelihood")
+    assert scored is not None and scored.column("id").to_pylist() == ["a"]
+    assert scores["value"] == 100 and scores["left_out"] == {score.NO_OPTIONS: 1}
+    scored, scores = score.score_method(table.slice(1), "vlmevalkit", "accuracy", "likelihood")
+    assert scored is None and scores["not_run"] == score.NO_OPTIONS and "value" not in scores
+
+
+def test_half_a_pair_of_mme_is_left_out_and_counted() -> None:
+    pairs = ["existence/1", "existence/1", "existence/2"]
+    table = pa.table({
+        "id": ["a", "b", "c"], "options": pa.array([[], [], []], pa.list_(pa.string())), "answer": ["yes", "no", "yes"],
+        "label": pa.array([None] * 3, pa.string()), "text": ["Yes", "No.", "No"],
+        "meta": [json.dumps({"open": "yes_no", "pair": pair, "category": "existence"}) for pair in pairs],
+    })  # fmt: skip
+    scores = score.score(table, "vlmevalkit", "mme")[1]
+    assert scores["mme"]["total"] == 200 and scores["value"] == 100 and scores["left_out"] == {score.LONE: 1}

@@ -1,6 +1,6 @@
 """What a study may say but most likely doesn't mean: a typed study and its arms in, a sentence for each doubt out. Nothing stops for one.
 
-A contrast that no pair of arms answers; arms that train the same.
+A contrast that no pair of arms answers; arms that train the same; optimisations turned off.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grid.expand import Arm
+from grid.profile import Profile
 from grid.study import Contrast, Study
 from grid.where import parse_where
 
 
-def doubts(study: Study, arms: Sequence[Arm]) -> list[str]:
+def doubts(study: Study, profile: Profile, arms: Sequence[Arm]) -> list[str]:
     """One sentence for each."""
     found = [f"contrast {contrast.name}: {why}" for contrast in study.contrasts if (why := _no_pair(contrast, study, arms))]
     twins: dict[object, Arm] = {}
@@ -21,6 +22,9 @@ def doubts(study: Study, arms: Sequence[Arm]) -> list[str]:
             differ = ", ".join(axis for axis in study.axes if arm.axes[axis] != twin.axes[axis])
             why = f"their {differ} sets no key of the recipe to another value" if differ else "what one sets is what the other has anyway"
             found.append(f"arms {twin.name} and {arm.name} train the same: {why}")
+    if profile.resources.plain:
+        off = ", ".join(profile.resources.plain)
+        found.append(f"resources.plain turns off {off}: the same results, later and with more memory than is estimated")
     return found
 
 

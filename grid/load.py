@@ -99,7 +99,7 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     file, folder = yamlfile.shown(study_path), study_path.parent
     return Loaded(
         typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices, profile_path,
-        doubts(typed_study, expanded),
+        doubts(typed_study, typed_profile, expanded),
     )  # fmt: skip
 
 

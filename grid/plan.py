@@ -23,7 +23,7 @@ from grid.models import Assets, Spec, stages_of
 from grid.models import asked as asked_with
 from grid.profile import Profile
 from grid.study import Benchmark
-from trainers import judging
+from trainers import judging, switches
 from trainers.stages import KINDS
 
 HOLE = "\0"
@@ -193,6 +193,7 @@ class Planner:
             "zero": resources.zero, "micro_tokens": resources.micro_tokens, "checkpoint_steps": resources.checkpoint_steps,
             "activation_checkpointing": resources.activation_checkpointing, "offload": resources.offload,
             "eval_batch": resources.eval_batch, "device_tflops": self.profile.device.tflops,
+            **({"plain": sorted(switches.named(resources.plain))} if resources.plain else {}),
         }  # fmt: skip
 
 

@@ -17,7 +17,9 @@ from datasets_ray.errors import UserError, nearest
 from datasets_ray.schema import option
 from datasets_ray.yamlfile import Node
 from grid.study import SEEDS, Training, _name
+from trainers import switches
 
+SWITCHES = (*switches.SWITCHES, switches.ALL)
 HERE = Path(__file__).resolve().parent.parent / "experiments" / "profiles"
 DEFAULT = "tiny"
 
@@ -26,6 +28,10 @@ CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIGLIP = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """(mean, standard deviation) of the channels that encoders of each kind were trained with; IMAGENET: DINOv2."""
+
+
+def _switches(names: list[str]) -> str | None:
+    return next((f"no optimisation {n!r}; {nearest(n, SWITCHES)}" for n in names if n not in SWITCHES), None)
 
 
 def _three(values: list[float]) -> str | None:
@@ -43,7 +49,8 @@ class Image:
     min_pixels: int | None = option("native: smallest area", None, unit="pixels", low=1)
     max_pixels: int | None = option("native: largest area", None, unit="pixels", low=1)
     mean: list[float] | None = option(
-        "of the channels, 0-1; null: 0.5 for SigLIP, ImageNet's for DINOv2 (as `shape`, `config` or a local checkpoint say), else CLIP's",
+        "of the channels, 0-1; null: as a local checkpoint's files, its kind or its hub name say (0.5 for SigLIP, ImageNet's for DINOv2), "
+        "else CLIP's, which is then listed as an assumption",
         None,
         check=_three,
     )
@@ -167,6 +174,9 @@ class Resources:
     )
     offload: Literal["auto", True, False] = option(
         "masters, moments and the optimiser's step in the host's memory (ZeRO 2 and 3); auto: where nothing else fits", "auto"
+    )
+    plain: list[str] = option(
+        f"optimisations to do without, to see that results stay as they are: {', '.join(SWITCHES)}", [], check=_switches
     )
 
 

@@ -82,7 +82,7 @@ class Context:
     @property
     def runtime(self) -> dict[str, Any]:
         """Knobs that can't change the result: zero, offload, micro_tokens, checkpoint_steps, activation_checkpointing, eval_batch,
-        device_tflops (of the data sheet)."""
+        device_tflops (of the data sheet), plain (`trainers.switches`)."""
         return self.stage.get("runtime", {})
 
     @contextmanager

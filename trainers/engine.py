@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trainers import switches
 from trainers.batch import TensorBatch
 from trainers.objectives.base import Objective
 
@@ -163,7 +164,8 @@ class Engine:
         ids = {id(p): name for name, p in model.named_parameters()}
         self.names = [[ids[id(p)] for p in params] for params in self.params]
         adamw = torch.optim.AdamW(
-            groups, betas=tuple(optimizer.get("betas", (0.9, 0.999))), eps=float(optimizer.get("eps", 1e-8)), fused=True
+            groups, betas=tuple(optimizer.get("betas", (0.9, 0.999))), eps=float(optimizer.get("eps", 1e-8)),
+            **({"fused": True} if switches.on("fused") else {"foreach": False}),
         )  # fmt: skip
         settings = config(groups, precision, self.zero, clip, more, offload=offload, pinned=offload and device.startswith("cuda"))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -141,7 +141,7 @@ def _walk(
 def _asked(model: Any) -> list[nn.Module]:
     """Maps of the language model that run for learned positions only: those behind the last attention, where layers are written out."""
     base: Any = getattr(model.parts["llm"], "base_model", None)
-    if not getattr(model, "written_out", False) or not written_out.takes(base, model.parts["llm"].get_input_embeddings().weight):
+    if not written_out.takes(base, model.parts["llm"].get_input_embeddings().weight):
         return []
     last = base.layers[base.config.num_hidden_layers - 1]
     return [last.self_attn.o_proj, last.mlp.gate_proj, last.mlp.up_proj, last.mlp.down_proj]

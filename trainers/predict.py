@@ -36,6 +36,7 @@ from datasets_ray.errors import UserError, nearest
 from datasets_ray.images import recipe_from_json
 from datasets_ray.questions import Pixels, Prompts, prepare
 from datasets_ray.rows import open_rows
+from trainers import switches
 from trainers.answering import METHODS, PART, Answer, Answerer, Questions, methods_of  # noqa: F401  (Answerer: `way.Answerer`)
 from trainers.context import Context, Interrupted
 from trainers.likelihood import FORMS, NORMS
@@ -112,6 +113,11 @@ class Parts:
 
 
 def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
+    with switches.without(ctx.runtime.get("plain", ())):
+        return _run(spec, ctx)
+
+
+def _run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     methods = methods_of(spec)
     for name in methods:
         if name not in METHODS:

@@ -26,6 +26,7 @@ from datasets_ray.packing import Pack, Segment, pack
 from datasets_ray.questions import Prompts
 from datasets_ray.rows import RowTable
 from datasets_ray.tokens import IGNORE, IMAGE_ID
+from trainers import switches
 
 WORTH = 0.15
 """Text alone is shared where that saves this part of a batch's tokens: a level of its own costs a pass and a copy of keys and values."""
@@ -133,6 +134,8 @@ def tree(keys: Sequence[np.ndarray]) -> list[list[Span]]:
 
     At most three levels: what all have in common, what groups of them have in common (their image), the rest.
     """
+    if not switches.on("prefixes"):
+        return [[Span(row, 0, len(key), -1) for row, key in enumerate(keys)]]
     count, total = len(keys), sum(len(key) for key in keys)
     order = sorted(range(count), key=lambda row: keys[row].tobytes())
     common = [_common(keys[a], keys[b]) for a, b in pairwise(order)]

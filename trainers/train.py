@@ -25,7 +25,7 @@ from datasets_ray.encoding import Encoding, Stats
 from datasets_ray.errors import UserError, nearest
 from datasets_ray.images import ImageRecipe
 from datasets_ray.pipeline import index_of, train_batches
-from trainers import adapters, checkpoint, models, optim
+from trainers import adapters, checkpoint, models, optim, switches
 from trainers.batch import Filler, to_device
 from trainers.checkpoint import Checkpoint, Progress
 from trainers.context import Context, Interrupted
@@ -46,11 +46,12 @@ WATCHED = 256
 
 def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     """Trains a stage from where it stands to its end. Returns the summary (rank 0's counts)."""
-    training = Training(spec, ctx)
-    try:
-        return training.run()
-    finally:
-        training.close()
+    with switches.without(ctx.runtime.get("plain", ())):
+        training = Training(spec, ctx)
+        try:
+            return training.run()
+        finally:
+            training.close()
 
 
 def encoding_of(spec: Mapping[str, Any], objective: Objective) -> Encoding:
@@ -115,8 +116,9 @@ class Training:
         if saved:
             self.notes += [f"went on from step {self.progress.step}", *(f"torn checkpoint {torn}" for torn in saved.passed_over)]
         self.stream = train_batches(
-            directories, encoding, index, self.progress.step, ctx.rank, ctx.world, ctx.runtime.get("micro_tokens", 4096),
-            name=ctx.stage.get("name", "train"), store=ctx.pixels,
+            directories, encoding, index, self.progress.step, ctx.rank, ctx.world,
+            ctx.runtime.get("micro_tokens", 4096) if switches.on("packs") else 1,
+            name=ctx.stage.get("name", "train"), store=ctx.pixels if switches.on("pixels") else None,
         )  # fmt: skip
         with self.stream:
             with self.timed("model"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from datasets_ray.errors import UserErrors
 from grid import plan as planning
 from grid.identity import stage_id
 from grid.plan import make_plan
@@ -202,3 +203,14 @@ def test_the_text_names_every_arm_every_assumption_and_the_papers_cost(capsys, a
     assert "MINIATURE" in said and "16 x A100-40GB, up to 20 h" in said
     finetuning = next(stage["cost"] for stage in ablation["stages"] if stage["name"] == "finetune row-14")
     assert f"{finetuning['rows']:,}" in said and f"{finetuning['steps']:,}" in said
+
+
+def test_optimisations_turned_off_are_told_and_change_no_identity(tmp_path, small):
+    study, profile = write(tmp_path)
+    made = make_plan(study, profile=profile, sets=["resources.plain=[segments, layers]"])
+    assert [stage["id"] for stage in made["stages"]] == [stage["id"] for stage in small["stages"]]
+    assert all(stage["runtime"]["plain"] == ["layers", "segments"] for stage in made["stages"])
+    assert [doubt for doubt in made["study"]["doubts"] if "resources.plain turns off segments, layers" in doubt]
+    assert not any("plain" in stage["runtime"] for stage in small["stages"]) and not any("plain" in d for d in small["study"]["doubts"])
+    with pytest.raises(UserErrors, match="no optimisation 'segment'.*segments"):
+        make_plan(study, profile=profile, sets=["resources.plain=[segment]"])

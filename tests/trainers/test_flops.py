@@ -15,11 +15,10 @@ from datasets_ray.packing import Batch, Segment, pack
 from datasets_ray.tokens import IGNORE, IMAGE_ID
 from tests.trainers import tiny_models as tiny
 from tests.trainers import training_kit as kit
-from trainers import adapters, train
+from trainers import adapters, switches, train
 from trainers.batch import Filler, to_device
 from trainers.flops import Flops, amounts, matmul_rate, share
 from trainers.models import build, train_parts
-from trainers.models.language import TextModel
 from trainers.objectives.contrastive import Contrastive
 from trainers.objectives.next_token import NextToken
 
@@ -61,9 +60,10 @@ def text_batch(seed=0, images=1):
 
 
 @pytest.fixture(autouse=True)
-def modules(monkeypatch):
+def modules():
     """Layers as the modules they are, as on a GPU: torch counts no product that adds to what is there (`test_written_out` does)."""
-    monkeypatch.setattr(TextModel, "written_out", False)
+    with switches.without(["layers"]):
+        yield
 
 
 TRAINED = [{"connector"}, {"llm"}, {"connector", "llm"}, {"encoder", "connector", "llm"}]

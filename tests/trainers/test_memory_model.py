@@ -21,11 +21,10 @@ from datasets_ray.packing import Batch, Segment, pack
 from datasets_ray.tokens import IGNORE, IMAGE_ID
 from grid import footprint, shapes
 from grid.footprint import Adapter, Load
-from trainers import adapters, engine, models, optim
+from trainers import adapters, engine, models, optim, switches
 from trainers.batch import TensorBatch, to_device
 from trainers.context import Context
 from trainers.models.attention import Segments
-from trainers.models.language import TextModel
 from trainers.objectives import load_objective, next_token
 
 PATCH, SIDE = 8, 64
@@ -60,9 +59,10 @@ LORA = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.0, "targets": "all
 
 
 @pytest.fixture(autouse=True)
-def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+def modules() -> Generator[None]:
     """Layers as the modules they are, as on a GPU: written-out layers keep less, and plans are made for GPUs."""
-    monkeypatch.setattr(TextModel, "written_out", False)
+    with switches.without(["layers"]):
+        yield
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainers import switches
 from trainers.batch import TensorBatch, TensorPack
 from trainers.flops import Flops
 from trainers.models import layer, written_out
@@ -45,11 +47,15 @@ def taken(model: CausalLM) -> bool:
     return written_out.takes(model.llm.base_model, model.llm.get_input_embeddings().weight)
 
 
+def switched(on: bool) -> AbstractContextManager[None]:
+    return switches.without([] if on else ["layers"])
+
+
 def passed(model: CausalLM, on: bool, rows: Tensor, only: bool) -> dict[str, Tensor]:
     """States at `rows` and all gradients of a random weighing of them; only: nothing else is asked for."""
-    model.written_out = on
     model.zero_grad()
-    states = model.hidden(pack_of(LENGTHS), rows) if only else model.hidden(pack_of(LENGTHS))[rows]
+    with switched(on):
+        states = model.hidden(pack_of(LENGTHS), rows) if only else model.hidden(pack_of(LENGTHS))[rows]
     (states * torch.randn(states.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     return {"states": states.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
@@ -94,15 +100,15 @@ def test_nobody_asked_still_gives_every_parameter_a_gradient_of_zero() -> None:
 def test_reading_going_on_and_generating_are_the_modules(kind: str) -> None:
     model, logits = model_of(kind).eval(), {}
     for on in (False, True):
-        model.written_out = on
-        state = model.start(pack_of(LENGTHS))
-        made = [state.logits]
-        further = model.extend(state, torch.tensor([0, 2, 2, 6]), pack_of([3, 1, 6, 2]))
-        made += [further.logits, model.branches(further, [0, 1, 1, 3], pack_of([2, 4, 1, 3]))]
-        for ids in (torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])):
-            made.append(model.step(further, ids))
-        further.select(torch.tensor([3, 1]))
-        made += [model.step(further, torch.tensor([1, 2])), model.step(state, torch.arange(len(LENGTHS)))]
+        with switched(on):
+            state = model.start(pack_of(LENGTHS))
+            made = [state.logits]
+            further = model.extend(state, torch.tensor([0, 2, 2, 6]), pack_of([3, 1, 6, 2]))
+            made += [further.logits, model.branches(further, [0, 1, 1, 3], pack_of([2, 4, 1, 3]))]
+            for ids in (torch.tensor([1, 2, 3, 4]), torch.tensor([5, 6, 7, 8])):
+                made.append(model.step(further, ids))
+            further.select(torch.tensor([3, 1]))
+            made += [model.step(further, torch.tensor([1, 2])), model.step(state, torch.arange(len(LENGTHS)))]
         logits[on] = made
     for mine, known in zip(logits[True], logits[False], strict=True):
         torch.testing.assert_close(mine, known, rtol=1e-4, atol=2e-5)
@@ -146,5 +152,5 @@ def test_the_flops_that_are_counted_are_the_products_that_are_done() -> None:
     with Products() as done:
         NextToken().forward(model, batch).loss_sum.backward()
     assert done.flops == whole
-    model.written_out = False
-    assert flops.parts["llm"]["tokens"] < Flops(model).parts["llm"]["tokens"]
+    with switched(False):
+        assert flops.parts["llm"]["tokens"] < Flops(model).parts["llm"]["tokens"]

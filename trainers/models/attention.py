@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datasets_ray.errors import UserError
+from trainers import switches
 
 NAME = "packed"
 """The attention implementation's name in a transformers config."""
@@ -97,6 +98,8 @@ class Segments:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query float[1, H, T, d], key, value float[1, G, T, d] → float[1, T, H, d]."""
+        if not switches.on("segments"):
+            return self._masked(query, key, value, scale)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, d]
         if self._fused(q):
             from torch.nn.attention.varlen import varlen_attn
@@ -109,6 +112,14 @@ class Segments:
             assert isinstance(out, Tensor)
             return out[None]
         return self._bucketed(q, k, v, scale)[None]
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """float[1, T, H, d] by one attention over the pack with a dense mask bool[T, T]: the plain path."""
+        owner = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(query.device)
+        seen = owner[:, None] == owner[None]
+        key, value = (repeat_heads(x, query.shape[1]) for x in (key, value))
+        mask = seen.tril() if self.causal else seen
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
     def _fused(self, q: Tensor) -> bool:
         """Flash attention: half precision, head width a multiple of 8 up to 256."""

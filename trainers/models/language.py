@@ -77,8 +77,6 @@ class TextModel(nn.Module):
     """What trains with next-token prediction and answers questions. Subclasses fill `parts` and override `embed`."""
 
     streams = ("text",)
-    written_out = True
-    """Layers run as one function where they can (`trainers.models.written_out`); False: as the modules they are, to the same numbers."""
 
     def __init__(self, parts: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -149,7 +147,7 @@ class TextModel(nn.Module):
     ) -> Tensor:
         """float[B, L, D] → float[B, L, D]; with rows int64[K] of the B * L float[K, D]."""
         base = self.llm.base_model
-        if self.written_out and positions.dim() == 2 and written_out.takes(base, embeddings):
+        if positions.dim() == 2 and written_out.takes(base, embeddings):
             hidden = written_out.run(base, embeddings, positions, packing, cache, rows)
             return hidden if rows is not None else hidden.view(embeddings.shape)
         hidden = base(

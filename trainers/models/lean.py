@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from trainers import switches
+
 M = TypeVar("M", bound=nn.Module)
 ROTATE = "apply_rotary_pos_emb"
 
@@ -83,6 +85,8 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
 
 def lean(model: M) -> M:
     """Takes over every norm and rotation of the model whose source is the reproduced one; returns the model."""
+    if not switches.on("lean"):
+        return model
     for module in model.modules():
         module.__class__ = _lean_class(type(module))  # type: ignore[arg-type]
     return model

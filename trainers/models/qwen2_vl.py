@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from datasets_ray.errors import UserError
 from datasets_ray.images import CLIP_MEAN, CLIP_STD, recipe_from_json
+from trainers import switches
 from trainers.models import attention
 from trainers.models.language import TextModel, without_dropout
 from trainers.models.lean import lean
@@ -186,7 +187,7 @@ class Qwen2Vl(TextModel):
         weight = encoder.patch_embed.proj.weight
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
         none = images is None or len(images) == 0
-        if none and not trains:
+        if none and not trains and switches.on("images"):
             features = torch.zeros(0, encoder.width, device=weight.device, dtype=weight.dtype)
         else:
             if none:

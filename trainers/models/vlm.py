@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from datasets_ray.errors import UserError
+from trainers import switches
 from trainers.models.connectors import connector
 from trainers.models.encoders import Encoder, encoder_part
 from trainers.models.language import TextModel, llm_part
@@ -64,13 +65,14 @@ class Vlm(TextModel):
     def embed_images(self, images: Tensor | None) -> Tensor:
         """uint8[N, H, W, 3] → float[N, K, D]. Without images the connector still runs, on no rows: its gradient is zero, not absent,
         so that ranks with text-only packs take part in every reduction; an encoder that trains reads one black image for the same reason,
-        whose tokens are dropped. A frozen encoder keeps no activations and is skipped."""
+        whose tokens are dropped. A frozen encoder keeps no activations and is skipped (switch `images`)."""
         encoder = self.encoder
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in encoder.parameters())
         if images is None or len(images) == 0:
-            if trains:
+            if trains or not switches.on("images"):
                 size = encoder.image_size
-                features = encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=self.device))[:0]
+                with torch.set_grad_enabled(trains):
+                    features = encoder(torch.zeros(1, size, size, 3, dtype=torch.uint8, device=self.device))[:0]
             else:
                 features = torch.zeros(0, 1, encoder.width, device=self.device, dtype=self.dtype)
         else:

@@ -5,7 +5,7 @@
 In training layers are one function each; in prediction keys and values go to the cache between two halves of it, and in the last layer
 only each prompt's last token asks. Nothing is taken over by name: classes are compared with the source that is reproduced
 (`trainers.models.lean`), and maps that are adapted, sharded (ZeRO 3), hooked or not fp32 on a CPU run as the modules they are.
-`TextModel.written_out = False` turns it off.
+The switch `layers` turns it off.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainers import switches
 from trainers.models import lean
 from trainers.models.attention import Packing, Segments
 from trainers.models.decoding import Step
@@ -28,6 +29,8 @@ FLASH = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fla
 
 def takes(base: Any, x: Tensor) -> bool:
     """Whether this base model's layers are the ones that are reproduced here, and can be now."""
+    if not (switches.on("layers") and switches.on("segments")):
+        return False
     if x.device.type != "cpu" or x.dtype != torch.float32 or not _known(type(base)):
         return False
     if _hooked(base) or base.training and getattr(base, "gradient_checkpointing", False):

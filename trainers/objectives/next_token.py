@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainers.batch import TensorBatch, TensorPack
+from trainers import switches
+from trainers.batch import NOT_LEARNED, TensorBatch, TensorPack
 from trainers.objectives.base import Output
 
 CHUNK_LOGITS = 1 << 26
@@ -52,13 +53,23 @@ class NextToken:
     def forward(self, model: Any, batch: TensorBatch) -> Output:
         pack = batch.streams[self.stream]
         assert pack.learned is not None, f"stream {self.stream!r} holds no tokens"
+        if not switches.on("logits"):
+            return Output(self._plain_loss_sum(model, pack, model.hidden(pack)))
         states = model.hidden(pack, pack.learned)
         return Output(self._loss_sum(model, pack, states, torch.arange(len(states), device=states.device)))
 
     def loss_sum(self, model: Any, pack: TensorPack, hidden: Tensor) -> Tensor:
         """The same over the hidden states float[T, D] of all positions, which another objective has at hand."""
         assert pack.learned is not None, f"stream {self.stream!r} holds no tokens"
+        if not switches.on("logits"):
+            return self._plain_loss_sum(model, pack, hidden)
         return self._loss_sum(model, pack, hidden, pack.learned)
+
+    def _plain_loss_sum(self, model: Any, pack: TensorPack, hidden: Tensor) -> Tensor:
+        """The same from logits at all positions."""
+        assert pack.ids is not None and pack.targets is not None and pack.learned is not None
+        wanted = torch.full_like(pack.ids, NOT_LEARNED).index_copy_(0, pack.learned, pack.targets)
+        return F.cross_entropy(model.lm_head(hidden).float(), wanted, ignore_index=NOT_LEARNED, reduction="sum")
 
     def _loss_sum(self, model: Any, pack: TensorPack, hidden: Tensor, learned: Tensor) -> Tensor:
         """learned: where in `hidden` the learned positions are."""

@@ -16,8 +16,9 @@ import string
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
+from datasets_ray import lmms_letters
 from datasets_ray.errors import Parser, UserError, nearest, run_command
 
 LETTERS = string.ascii_uppercase
@@ -150,8 +151,27 @@ RULES: dict[str, Rule] = {
             "lmms",
             "EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks/scienceqa/utils.py sqa_process_results, commit 75571cfe (2026-08-06)",
             "the letter alone in either case, or a capital letter and a full stop at the start",
-            ("the source only says right or wrong; a letter that isn't an option's is no answer here",),
+            (
+                "the source only says right or wrong; a letter that isn't an option's is no answer here",
+                "lmms-eval has a reader for each task: this is ScienceQA's, `lmms_mcq` that of MMStar and others, `mmmu` MMMU's",
+            ),
             _lmms,
+        ),
+        Rule(
+            "lmms_mcq",
+            "EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks/_task_utils/mcq_extract.py extract_mcq_answer, commit 75571cfe (2026-08-06)",
+            "the capital letter that the answer starts with, else ends with, else the first of each option's behind a phrase such as "
+            "'answer is', else '(B)', 'B.', 'B:', 'B)', 'B ', else anywhere; the last of equals",
+            ("the letters tried are those of the options shown; the source tries A to H, MMStar's task A to D",),
+            lmms_letters.shared,
+        ),
+        Rule(
+            "mmmu",
+            "MMMU eval/eval_utils.py parse_multi_choice_response, as in lmms-eval lmms_eval/tasks/_task_utils/mmmu_mcq_utils.py, commit "
+            "75571cfe (2026-08-06)",
+            "'(B)', else 'B' before a blank, else 'B.', else, in more than five words, an option's text; the last of several",
+            ("where the source draws a letter at random the answer is invalid",),
+            lmms_letters.mmmu,
         ),
         Rule(
             "llava",
@@ -188,13 +208,21 @@ def lettered(options: Sequence[str]) -> dict[str, str]:
     return dict(zip(LETTERS, options))
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are there once: of two options A one would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key is there twice")
+    return made
+
+
 def _case(line: str, number: int) -> tuple[str, dict[str, str]]:
     where = f"line {number}"
     shape = 'write {"answer": "B.", "options": {"A": "cat", "B": "dog"}}'
     try:
-        case = json.loads(line)
-    except ValueError as error:
-        raise UserError("not JSON", why=str(error), hint=shape, where=where) from None
+        case = json.loads(line, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise UserError("unreadable JSON", why=str(error), hint=shape, where=where) from None
     if not isinstance(case, dict) or not isinstance(case.get("answer"), str) or not isinstance(case.get("options"), dict):
         raise UserError("not a case", why="a string `answer` and an object `options` are needed", hint=shape, where=where)
     options = case["options"]

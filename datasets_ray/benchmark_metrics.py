@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from datasets_ray.errors import UserError
+from datasets_ray.hallusion_places import TOGETHER
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
@@ -74,6 +75,8 @@ class Points:
     """What guessing gets, as a share."""
     no_chance: str = ""
     """Why there is no chance level."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """What counts nowhere, by reason."""
 
     def units(self) -> tuple[np.ndarray, np.ndarray]:
         """(share float[U], stratum int[U]) of each unit in the order of first appearance."""
@@ -195,7 +198,8 @@ def hallusion(marks: Marks) -> Points:
 
     Figures and pairs are told apart by category, subcategory, set and figure or question, as in the authors' script; VLMEvalKit leaves the
     category out. As there, a question of category VS without a figure (figure 0) counts in no figure; a "can't tell" to it, which the
-    authors' judge takes as right, is invalid here.
+    authors' judge takes as right, is invalid here. Both scripts take the answers they find for all there are; here a figure or pair of
+    which a question was dropped (fewer than its meta's `figure_questions` or `pair_questions`) is left out and counted: it would be easier.
     """
     hint = "VLMEvalKit's HallusionBench.tsv, or columns set_id, figure_id and question_id"
     numbers = {name: marks.needed("hallusion", name, hint) for name in ("set_id", "figure_id", "question_id")}
@@ -210,14 +214,21 @@ def hallusion(marks: Marks) -> Points:
     names = list(dict.fromkeys(sets))
     place = {name: at for at, name in enumerate(names)}
     told: dict[str, Any] = {}
+    left_out: dict[str, int] = {}
     shares, luck = [], []
     for name, key in keys.items():
-        members: dict[str, list[int]] = {}
+        found: dict[str, list[int]] = {}
         for at, one in enumerate(key):
             if one:
-                members.setdefault(one, []).append(at)
-        if not members:
+                found.setdefault(one, []).append(at)
+        if not found:
             raise UserError("metric 'hallusion', and no question has a figure", hint=hint)
+        what, size = {"fAcc": ("figure", TOGETHER[0]), "qAcc": ("pair", TOGETHER[1])}.get(name, ("question", ""))
+        members = {one: group for one, group in found.items() if len(group) >= int(marks.metas[group[0]].get(size) or 1)}
+        if not members:
+            raise UserError(f"metric 'hallusion', and each {what} lacks a question", hint="look at the dataset stage's dropped rows")
+        if len(members) < len(found):
+            left_out[f"{name}: a question of the {what} was dropped"] = len(found) - len(members)
         above, below = np.zeros(len(names)), np.zeros(len(names))
         for group in members.values():
             above[place[sets[group[0]]]] += bool(marks.correct[group].all())
@@ -228,7 +239,8 @@ def hallusion(marks: Marks) -> Points:
         luck.append(float(np.mean([marks.guess[group].prod() for group in members.values()])))
     by_set = np.mean(shares, axis=0)
     said = "mean of " + ", ".join(f"{name} {100 * part['accuracy']:.1f}" for name, part in told.items())
-    return Points(by_set[[place[one] for one in sets]], sets, (), {"hallusion": told, "said": said}, float(np.mean(luck)))
+    share = by_set[[place[one] for one in sets]]
+    return Points(share, sets, (), {"hallusion": told, "said": said}, float(np.mean(luck)), left_out=left_out)
 
 
 def ocrbench(marks: Marks) -> Points:

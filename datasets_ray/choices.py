@@ -27,7 +27,7 @@ import pyarrow as pa
 from datasets_ray.answers import LETTERS
 from datasets_ray.errors import Parser, UserError, run_command
 from datasets_ray.foci_files import FociQuestion, read_foci, write_foci
-from datasets_ray.negatives import Negatives, from_annotations, from_similarities
+from datasets_ray.negatives import Negatives, check_k, distinct_labels, from_annotations, from_similarities
 from datasets_ray.rows import SCHEMA, RowTable, row, write_manifest, write_table
 
 QUESTION = "What type of object is in this photo?"
@@ -103,6 +103,7 @@ def rows_of(ids: Sequence[str], rows: RowTable, name: Path | str) -> list[int]:
 def build_from_similarities(similarities: Path, rows: Path, out: Path, *, k: int, seed: int, question: str = QUESTION) -> dict[str, Any]:
     """The k-way set of a similarities artefact and the rows that it was made of."""
     matrix, made = read_similarities(similarities)
+    check_k(k, distinct_labels(made["classes"]), str(similarities))
     table = RowTable(rows)
     known = rows_of(made["ids"], table, similarities)
     labelled = table.table.take(pa.array(known))

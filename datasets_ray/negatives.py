@@ -1,8 +1,9 @@
 """Which wrong labels stand beside the right one: a similarity matrix or human annotations in, k labels a row out.
 
 The choice is FOCI's (Geigle et al. 2024, `benchmark/data/options_generation.py`): the right label first, then the k - 1 most similar
-others in ascending similarity, so the hardest is last. What FOCI leaves to its sort is fixed here and counted: among equal similarities
-the label that comes earlier in the class list is the harder one, and a class name that occurs twice is one label.
+others in ascending similarity, so the hardest is last. FOCI's sort (numpy's default) leaves equal similarities in any order; here it is
+stable: among equals the label that comes later in the class list is the harder one, and ties are counted. A class name that occurs twice
+is one label.
 """
 
 from __future__ import annotations
@@ -38,11 +39,18 @@ class Negatives:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def check_k(k: int, labels: int) -> None:
+def check_k(k: int, labels: int, where: str = "") -> None:
+    """UserError where no question can have k options. where: what has these labels."""
     if not 2 <= k <= len(LETTERS):
         raise UserError(f"k = {k}", why=f"a multiple-choice question has 2 to {len(LETTERS)} options")
     if k > labels:
-        raise UserError(f"k = {k} options from {labels} distinct labels", why="every option is another label", hint=f"at most {labels}")
+        why, hint = "every option is another label", f"at most {labels}: --set mining.k={labels} of a study, --k {labels} of a command"
+        raise UserError(f"k = {k} options from {labels} distinct labels", why=why, hint=hint, where=where)
+
+
+def distinct_labels(classes: Sequence[str]) -> int:
+    """How many labels class names are."""
+    return len({same_name(name) for name in classes})
 
 
 def same_name(name: str) -> str:
@@ -86,7 +94,7 @@ def hardest(similarities: np.ndarray, truth: np.ndarray, k: int) -> tuple[np.nda
             raise UserError(f"the similarities of row {row} hold NaN", why="they can't be ordered")
         at = np.arange(len(block))
         block[at, truth[start : start + CHUNK]] = -np.inf
-        ranked = np.argsort(-block, axis=1, kind="stable")[:, :k]
+        ranked = np.argsort(block, axis=1, kind="stable")[:, : -k - 1 : -1]
         values = np.take_along_axis(block, ranked, axis=1)
         stop = start + len(block)
         chosen[start:stop] = ranked[:, k - 2 :: -1]

@@ -2,7 +2,8 @@
 
 A row's meta names its rule under `open`. No rule guesses: what it can't read is None, counted as invalid and wrong.
 
-    yes_no    VLMEvalKit `YOrN_Extraction` (e8e78f05): lower case, punctuation out; `yes` or `no` as a word, not both
+    yes_no    VLMEvalKit `YOrN_Extraction` (e8e78f05): lower case, VQA's punctuation out (not `*`, `:` and quotes, so `**Yes**` says
+              neither); `yes` or `no` as a word, not both
     mmmu      MMMU's `parse_open_response` and `eval_open`: the shortest end of each line behind a phrase such as "answer is", and the
               numbers in it; right when a right answer is part of one of them, or a number equals it to two decimals
     contains  OCRBench: a right answer is part of the answer, case aside
@@ -23,7 +24,7 @@ import string
 from collections.abc import Callable, Sequence
 
 from datasets_ray.errors import UserError, nearest
-from datasets_ray.vqa_text import agreement
+from datasets_ray.vqa_text import agreement, unpunctuated
 
 YES_NO, MMMU, JUDGED = "yes_no", "mmmu", "judged"
 CONTAINS, FORMULA = "contains", "formula"
@@ -31,14 +32,20 @@ Judge = Callable[[str, Sequence[str]], float | None]
 """(text, right answers) → how right it is, 0 to 1 (most rules know only the two), or None when it can't be read."""
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
-_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
+_FULL_STOP = re.compile(r"(?<!\d)\.(?!\d)")
+_MMMU_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(?:,\d{3})+\b"),
+    re.compile(r"-?\d+(?:\.\d+)?[eE][+-]?\d+"),
+    re.compile(r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])"),
+)
+"""What MMMU takes for a number, one pattern after the other: 1,200; 2.5e-3; 12 or .5, but neither the 5 of `5cm` nor the 1 of `1,20`."""
+_TRIVIAL = (*":,.!?;'",)
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 
 def yes_or_no(text: str) -> str | None:
     """`yes` or `no`, None when it is neither or both."""
-    words = set(text.lower().translate(_PUNCTUATION).split())
-    said = words & {"yes", "no"}
+    said = set(unpunctuated(text.lower(), _FULL_STOP).split()) & {"yes", "no"}
     return said.pop() if len(said) == 1 else None
 
 
@@ -63,9 +70,13 @@ def _contains(text: str, answers: Sequence[str]) -> bool | None:
     return any(answer.lower().strip().replace("\n", " ") in said for answer in answers)
 
 
+def _unspaced(text: str) -> str:
+    return text.strip().replace("\n", "").replace(" ", "")
+
+
 def _formula(text: str, answers: Sequence[str]) -> bool | None:
-    said = "".join(text.split())
-    return any("".join(answer.split()) in said for answer in answers) if said else None
+    said = _unspaced(text)
+    return any(_unspaced(answer) in said for answer in answers) if said else None
 
 
 def _vqa(text: str, answers: Sequence[str]) -> float | None:
@@ -107,9 +118,12 @@ def _key_parts(text: str) -> list[str]:
     whole = text.strip().strip(".").lower()
     lines, parts = whole.split("\n"), []
     for index, line in enumerate(lines):
-        keys = (*_KEYS, "=") if index == len(lines) - 1 else _KEYS
-        ends = [line.rsplit(key, 1)[1].strip() for key in keys if key in line]
-        if ends and (shortest := min(ends, key=len)) not in ("", *":,.!?;'"):
+        shortest = ""
+        for key in (*_KEYS, "=") if index == len(lines) - 1 else _KEYS:
+            end = line.rsplit(key, 1)[1].strip() if key in line else None
+            if end is not None and (not shortest or len(end) < len(shortest)):
+                shortest = end  # nothing behind a phrase gives way to the next phrase's end, however long (as there)
+        if shortest and shortest not in _TRIVIAL:
             parts.append(shortest)
     return parts or [whole]
 
@@ -118,7 +132,8 @@ def _mmmu(text: str, answers: Sequence[str]) -> bool | None:
     if not text.strip():
         return None
     parts = _key_parts(text)
-    said = [form for part in [*parts, *(number for part in parts for number in _NUMBER.findall(part))] for form in _normal(part)]
+    numbers = [number for part in parts for kind in _MMMU_NUMBERS for number in kind.findall(part)]
+    said = [form for part in [*parts, *numbers] for form in _normal(part)]
     wanted = [form for answer in answers for form in _normal(answer)]
     for one in said:
         if isinstance(one, str):

@@ -231,6 +231,8 @@ def render(
 def question_prompt(row: Mapping[str, Any], suffix: str = SUFFIX, listed: bool = True) -> str:
     """`<image>` for each image that the text doesn't place itself, then hint, question, `A. ...` lines and the suffix, a line each.
 
+    A question whose meta has a `lead` (FOCI's "Choices:") gets it as a line of its own before the options.
+
     A question without options can't be answered by a letter: it ends with DIRECT, and one to be answered by yes or no as it stands
     (VLMEvalKit's prompts for LLaVA). An empty suffix stays empty.
     listed: whether the options are shown; hidden ones are only scored, each as an answer.
@@ -238,9 +240,12 @@ def question_prompt(row: Mapping[str, Any], suffix: str = SUFFIX, listed: bool =
     written = sum((text or "").count(IMAGE) for text in (row["hint"], row["question"], *(row["options"] or [])))
     lines = [IMAGE] * (len(row["images"]) - written)
     lines += [text.strip() for text in (row["hint"], row["question"]) if text and text.strip()]
-    lines += [f"{LETTERS[index]}. {option}" for index, option in enumerate((row["options"] or []) if listed else [])]
+    shown, meta = (row["options"] or []) if listed else [], row.get("meta") or "{}"
+    if shown and '"lead"' in meta:
+        lines += [lead] if (lead := json.loads(meta).get("lead")) else []
+    lines += [f"{LETTERS[index]}. {option}" for index, option in enumerate(shown)]
     if suffix and not row["options"]:
-        suffix = "" if json.loads(row.get("meta") or "{}").get("open") == "yes_no" else DIRECT
+        suffix = "" if json.loads(meta).get("open") == "yes_no" else DIRECT
     return "\n".join(lines + ([suffix] if suffix else []))
 
 

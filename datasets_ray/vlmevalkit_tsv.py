@@ -15,8 +15,9 @@ Flows out: question rows with image bytes (or paths). Keys:
     rows         the first questions
 
 A table that holds rotated copies already (index + 1,000,000 a rotation, as MMBench's releases do) is taken at its word: with `circular`
-they form the groups, without it only the originals are asked. Otherwise the i-th rotation moves the i first options to the end; rows that
-CIRCULAR leaves alone (no options, an option that names option letters) are asked once and counted.
+they form the groups, without it only the originals are asked; a copy whose original isn't asked is left out and counted. Otherwise the i-th
+rotation moves the i first options to the end; rows that CIRCULAR leaves alone (no options, an option that names option letters) are asked
+once and counted.
 Other deviations: an option that says `None` or `N/A` is an option (pandas reads it as absent there). Releases: MMBench_DEV_EN 4,329 rows,
 MMMU_DEV_VAL 150 dev + 900 validation (53 of the 900 without options), MMStar 1,500, ScienceQA_TEST 2,017, AI2D_TEST 3,088, OCRBench 1,000,
 MathVista_MINI 1,000, MM-Vet 218, POPE 9,000, MME 2,374, HallusionBench 951 with an image: checked by a data set's `expect`.
@@ -27,15 +28,16 @@ from __future__ import annotations
 import ast
 import base64
 import binascii
-import string
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
 from datasets_ray.files import below, check_keys
+from datasets_ray.hallusion_places import places, together
 from datasets_ray.images import ImageError
 from datasets_ray.prompts import LETTERS
 from datasets_ray.question_rows import Question, check_most, check_open, check_question, open_rule, question_row
@@ -49,13 +51,13 @@ REFERENCE = 64
 SHARD_ROWS = 64
 """Rows hold their images: a task has a shard in memory."""
 CUT = "images beyond most_images left out"
-PLACES = ("set_id", "figure_id", "question_id")
-_LETTER = str.maketrans({mark: " " for mark in string.printable if not mark.isalpha()})
+_NO_LETTER = re.compile(r"[^A-Za-z]")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row of the table that is asked. byte, line: where it starts; image_of: the first byte of the row that has its images."""
+    """A row of the table that is asked. byte, line: where it starts; image_of: the first byte of the row that has its images;
+    together: how many questions are asked of the groups that it belongs to (hallusion_places)."""
 
     byte: int
     line: int
@@ -63,6 +65,7 @@ class Record:
     options: int
     fixed: bool
     image_of: int
+    together: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Item:
 def _names_letters(options: Sequence[str]) -> bool:
     """Whether an option speaks of option letters, so that rotating would change its meaning (`abnormal_entry` of CIRCULAR)."""
     letters = LETTERS[: len(options)]
-    words = [set(text.translate(_LETTER).split()) for text in options]
+    words = [set(_NO_LETTER.sub(" ", text).split()) for text in options]
     return any(len(said & set(letters)) > 1 or text in LETTERS for said, text in zip(words, options))
 
 
@@ -119,7 +122,7 @@ class Reader:
             raise UserError(f"option {LETTERS[[bool(text.strip()) for text in given].index(False)]} is missing", why=why, where=where)
         answer: str | list[str] = cells["answer"].strip() if options else listed(cells["answer"].strip())
         meta = {"index": cells["index"], **{name.replace("-", "_"): cells.get(name) for name in ("category", "l2-category", "split")}}
-        meta |= _places(cells)
+        meta |= places(cells)
         if self.pair:
             meta["pair"] = "/".join(cells[column] for column in self.pair)
         rule = "" if options else open_rule([answer] if isinstance(answer, str) else answer, self.open)
@@ -135,16 +138,6 @@ class Reader:
 
     def has_image(self, cells: Mapping[str, str]) -> bool:
         return bool(self.embedded and cells["image"].strip() or cells.get("image_path", "").strip())
-
-
-def _places(cells: Mapping[str, str]) -> dict[str, str]:
-    """HallusionBench's numbers of set, figure and question: columns of that name, or the end of an index such as `0_VD_illusion_1_0_2`
-    (VLMEvalKit's `Hallusion_rating` splits it in six)."""
-    given = [cells.get(name, "") for name in PLACES]
-    if not all(given):
-        parts = cells["index"].split("_")
-        given = parts[-3:] if len(parts) >= 6 and all(part.isdigit() for part in parts[-3:]) else []
-    return dict(zip(PLACES, given))
 
 
 def _bytes(text: str) -> bytes:
@@ -175,7 +168,7 @@ class Maker:
                     images = self.reader.images(holder) if self.reader.has_image(holder) else []
                 except ImageError as error:
                     failed = error.reason
-            turned = _rotated(asked, item, images)
+            turned = _rotated(asked, item, images, record.together)
             built, reason = (None, failed) if failed else question_row(item.id, turned, root=self.reader.folder, most=self.most)
             if built is None:
                 made.dropped.append((item.id, reason))
@@ -186,9 +179,9 @@ class Maker:
         return made
 
 
-def _rotated(asked: Question, item: Item, images: Sequence[Mapping[str, Any]]) -> Question:
-    """The question with its images, its options moved on."""
-    meta = {**asked.meta, **({"group": item.group, "rotation": item.rotation, "rotations": item.of} if item.of else {})}
+def _rotated(asked: Question, item: Item, images: Sequence[Mapping[str, Any]], more: Mapping[str, int]) -> Question:
+    """The question with its images, its options moved on. more: of its meta."""
+    meta = {**asked.meta, **more, **({"group": item.group, "rotation": item.rotation, "rotations": item.of} if item.of else {})}
     options, answer = list(asked.options), asked.answer
     if item.moved:
         answer = LETTERS[(LETTERS.index(str(answer)) - item.moved) % len(options)]
@@ -239,31 +232,33 @@ def scan(reader: Reader, spec: Mapping[str, Any]) -> tuple[list[Record], Counter
         hint = "text_only: true keeps those without an image"
         raise UserError(f"{table.path} has no question to ask", why=f"left out: {dict(left_out)}", hint=hint)
     records = []
-    for byte, line, asked, holder in found:
+    groups = together([asked.meta for _, _, asked, _ in found])
+    for (byte, line, asked, holder), others in zip(found, groups):
         if holder not in holders:
             why = "which has none of its own" if holder in lines else f"no such row; {REFERENCE} characters or fewer are an index"
             raise UserError(f"the image of row {asked.meta['index']} is that of row {holder!r}", why=why, where=f"{table.path}:{line}")
         fixed = not asked.options or _names_letters(asked.options)
-        records.append(Record(byte, line, str(asked.meta["index"]), len(asked.options), fixed, holders[holder]))
+        records.append(Record(byte, line, str(asked.meta["index"]), len(asked.options), fixed, holders[holder], others))
     return records, left_out, rules
 
 
 def arrange(records: Sequence[Record], name: str, circular: bool) -> tuple[list[Item], dict[str, int]]:
     """What is asked of the records, and counts for the manifest: questions (`records`), and what became of rotations."""
     places = {record.index: number for number, record in enumerate(records)}
-    original = {}
-    for record in records:
-        if record.index.isdigit() and int(record.index) >= COPY and (base := str(int(record.index) % COPY)) in places:
-            original[record.index] = base
+    high = {record.index: str(int(record.index) % COPY) for record in records if record.index.isdecimal() and int(record.index) >= COPY}
+    original = {index: base for index, base in high.items() if base in places}
+    alone = high.keys() - original.keys() if original else set[str]()  # copies of a row that isn't asked: in no group, as in VLMEvalKit
     copies: dict[str, list[int]] = {}
     for number, record in enumerate(records):
-        copies.setdefault(original.get(record.index, record.index), []).append(number)
+        if record.index not in alone:
+            copies.setdefault(original.get(record.index, record.index), []).append(number)
+    lost = {"copies_without_original": len(alone)} if alone else {}
     if not circular:
         items = [Item(places[index], f"{name}-{index}") for index in copies]
-        return items, {"records": len(items), **({"rotated_copies_left_out": len(original)} if original else {})}
+        return items, {"records": len(items), **lost, **({"rotated_copies_left_out": len(original)} if original else {})}
     items, fixed = [], 0
     step = COPY
-    numbers = [int(index) for index in copies if index.isdigit()]
+    numbers = [int(index) for index in copies if index.isdecimal()]
     while numbers and max(numbers) >= step:
         step *= 10
     for index, members in copies.items():
@@ -276,11 +271,11 @@ def arrange(records: Sequence[Record], name: str, circular: bool) -> tuple[list[
             turns = [(members[0], group)]
         else:
             first = members[0]
-            turns = [(first, group)] + [
-                (first, f"{name}-{int(index) + step * i}" if index.isdigit() else f"{group}-rotation-{i}") for i in range(1, record.options)
-            ]
+            at = int(index) if index.isdecimal() else None
+            names = (f"{group}-rotation-{i}" if at is None else f"{name}-{at + step * i}" for i in range(1, record.options))
+            turns = [(first, group), *((first, id) for id in names)]
         items += [Item(number, id, i, group, len(turns), 0 if original else i) for i, (number, id) in enumerate(turns)]
-    return items, {"records": len(copies), "not_rotated": fixed}
+    return items, {"records": len(copies), "not_rotated": fixed, **lost}
 
 
 def build(spec: dict[str, Any], out: Path, inputs: Callable[[str], Path], data_root: str | None) -> dict[str, Any]:

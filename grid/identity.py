@@ -11,7 +11,7 @@ import hashlib
 from json.encoder import encode_basestring as _quoted  # type: ignore[attr-defined]
 from typing import Any
 
-IDENTITY_VERSION = 3
+IDENTITY_VERSION = 4
 """Rises whenever a change of code changes a golden result: finished stages of older versions are then not reused."""
 
 IDENTITY, RUNTIME, STRUCTURE = "identity", "runtime", "structure"

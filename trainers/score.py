@@ -149,6 +149,7 @@ def score(predictions: pa.Table, rule: str, metric: str, judged: Judging | None 
     metrics.classes_of([row["label"] or "" for row in rows])  # nothing to score is an error
     marked = marking.mark(rows, reader, metric, judged)
     points = metrics.SETS[metric](marked.marks()) if metric in metrics.SETS else None
+    left_out.update({} if points is None else points.left_out)
     scores: dict[str, Any] = {"metric": metric, "rule": rule, "rule_source": reader.source}
     scores |= _values(marked, groups, metric) if points is None else _values_of(points, marked, groups)
     scores |= _counts(marked)

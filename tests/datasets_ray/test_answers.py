@@ -155,33 +155,33 @@ def test_llava_takes_a_letter_that_is_no_option_for_the_answer() -> None:
 
 
 SIX = {"A": "cat", "B": "wildcat", "C": "a dog", "D": "D'Artagnan's hat", "E": "émeu", "F": "none of A to E"}
-EVERY = ("strict", "vlmevalkit", "lmms", "foci", "llava")
+EVERY = ("strict", "vlmevalkit", "lmms", "foci", "llava", "lmms_mcq", "mmmu")
 TRICKY: list[tuple[str, tuple[str | None, ...]]] = [
-    ("F", ("F", "F", "F", "F", "F")),
-    ("f", (None, None, "F", "F", None)),
-    ("B\n", ("B", "B", "B", "B", "B")),
-    ("(B)", (None, "B", None, None, None)),
-    ("B:", (None, "B", None, "B", None)),
-    ("**B**", (None, "B", None, None, None)),
-    ("Answer: B", (None, "B", None, "A", None)),
-    ("B. wildcat", (None, "B", "B", "B", "B")),
-    ("E.", (None, "E", "E", "E", None)),
-    ("wildcat", (None, None, None, None, None)),  # `cat` is in it too
-    ("cat", (None, "A", None, "C", None)),
-    ("A dog", (None, "A", None, "A", None)),
-    ("It is A dog I see there today", (None, "C", None, None, None)),
-    ("A and B", (None, None, None, "A", None)),
-    ("The answer is F. It is big", (None, "F", None, None, "F")),
-    ("The answer is F because nothing else here fits at all", (None, None, None, None, "F")),  # VLMEvalKit's phrase knows A to D
-    ("The answer is B. The answer is C.", (None, "B", None, None, None)),
-    ("The answer is Beagle", (None, "B", None, None, "B")),
-    ("ÉMEU", (None, "E", None, None, None)),
-    ("Ｂ", (None, None, None, None, None)),  # noqa: RUF001
-    ("none of A to E", (None, "F", None, None, None)),
-    ("Z", (None, "Z", None, None, None)),
-    ("G", (None, None, None, None, None)),
-    ("G. The answer is B.", (None, "B", None, None, "B")),
-    ("", (None, None, None, None, None)),
+    ("F", ("F", "F", "F", "F", "F", "F", "F")),
+    ("f", (None, None, "F", "F", None, None, None)),
+    ("B\n", ("B", "B", "B", "B", "B", "B", None)),  # MMMU's parser takes no white space off
+    ("(B)", (None, "B", None, None, None, "B", "B")),
+    ("B:", (None, "B", None, "B", None, "B", "B")),
+    ("**B**", (None, "B", None, None, None, "B", None)),
+    ("Answer: B", (None, "B", None, "A", None, "B", "B")),
+    ("B. wildcat", (None, "B", "B", "B", "B", "B", "B")),
+    ("E.", (None, "E", "E", "E", None, "E", "E")),
+    ("wildcat", (None, None, None, None, None, None, None)),  # `cat` is in it too
+    ("cat", (None, "A", None, "C", None, None, None)),
+    ("A dog", (None, "A", None, "A", None, "A", "A")),
+    ("It is A dog I see there today", (None, "C", None, None, None, "A", "A")),
+    ("A and B", (None, None, None, "A", None, "A", "B")),
+    ("The answer is F. It is big", (None, "F", None, None, "F", "F", "F")),
+    ("The answer is F because nothing else here fits at all", (None, None, None, None, "F", "F", "F")),  # VLMEvalKit's phrase knows A to D
+    ("The answer is B. The answer is C.", (None, "B", None, None, None, "C", "C")),
+    ("The answer is Beagle", (None, "B", None, None, "B", "B", None)),
+    ("ÉMEU", (None, "E", None, None, None, "E", None)),
+    ("Ｂ", (None, None, None, None, None, None, None)),  # noqa: RUF001
+    ("none of A to E", (None, "F", None, None, None, "E", "E")),
+    ("Z", (None, "Z", None, None, None, None, None)),
+    ("G", (None, None, None, None, None, None, None)),
+    ("G. The answer is B.", (None, "B", None, None, "B", "B", "B")),
+    ("", (None, None, None, None, None, None, None)),
 ]
 
 
@@ -189,6 +189,27 @@ TRICKY: list[tuple[str, tuple[str | None, ...]]] = [
 def test_every_rule_on_tricky_answers(text: str, letters: tuple[str | None, ...]) -> None:
     assert set(EVERY) == set(RULES)
     assert tuple(extract(rule, text, SIX) for rule in EVERY) == letters
+
+
+@pytest.mark.parametrize(("text", "shared", "mmmu"), [
+    # marks at the ends go, each kind once
+    ("'B.'", "B", "B"), ('"B"', "B", None), ("?!", None, None), ("  ", None, None), ("b", None, None),
+    # lmms_mcq: start, end, phrase (any capital letter behind it, the last of them), then how the letter is written
+    ("D, I think", "D", None), ("I think D", "D", "D"), ("best answer is C, not A", "A", "A"),
+    ("I choose the small Dog or the Cat", "C", None),
+    ("It is (C), not (A) nor B) ok", "A", "A"), ("x: C) y", "C", None), ("C: the pug, D: the cat ok", "C", "C"), ("A.B", "A", "B"),
+    ("Not A. but B. or", "B", "A"), ("Best guess", "B", None), ("答案是C", "C", "C"), ("답은 C입니다", "C", None),
+    ("The answer is not here", None, None),
+    # a letter before a blank, inside a word too
+    ("in the USA today", "A", "A"),
+    # mmmu: brackets over blanks over stops, the last of several; of several without a blank in front the first option's
+    ("(A) or (C)", "C", "C"), ("(C) (B) A", "A", "B"), ("B C or A x", "B", "A"), ("XB. and YC.", "B", "C"), ("SB and SA too", "A", "A"),
+    # mmmu: an option's text in more than five words
+    ("I think it's a pug because of the face", None, "C"), ("I see a pug and a beagle in the picture", None, "A"),
+    ("I see a pug here", None, None),
+])  # fmt: skip
+def test_the_readers_that_lmms_eval_shares(text: str, shared: str | None, mmmu: str | None) -> None:
+    assert (extract("lmms_mcq", text, PETS), extract("mmmu", text, PETS)) == (shared, mmmu)
 
 
 def test_letters_in_the_order_shown() -> None:
@@ -217,7 +238,7 @@ def test_command_reads_and_writes_one_case_a_line(repository: Path) -> None:
     [
         "not json", "", "[]", '{"answer": "A"}', '{"options": {"A": "x"}}', '{"answer": 3, "options": {"A": "x"}}',
         '{"answer": "A", "options": ["x"]}', '{"answer": "A", "options": {"a": "x"}}', '{"answer": "A", "options": {"AB": "x"}}',
-        '{"answer": "A", "options": {"A": 1}}',
+        '{"answer": "A", "options": {"A": 1}}', '{"answer": "A", "options": {"A": "x", "A": "y"}}',
     ],
 )
 def test_a_bad_line_is_named_by_its_number(line: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from datasets_ray import benchmarks
 from datasets_ray.errors import UserError
+from datasets_ray.prompts import question_prompt
 from datasets_ray.rows import RowTable
 from datasets_ray.sources import build
 from tests.datasets_ray.small_benchmarks import CASES
@@ -50,6 +51,30 @@ def test_real_photographs_load(name: str, tmp_path: Path, data_root: Path):
     manifest = build(benchmarks.load(name).spec(allow_subset=True), tmp_path, lambda _: tmp_path, str(data_root))
     assert manifest["rows"] >= 100 and manifest["subset"]["found"] == manifest["rows"] < manifest["subset"]["expected"]
     assert all(row["label"] for row in RowTable(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "things"),
+    [("foci_pets", "pets"), ("foci_food", "dishes"), ("foci_cars", "cars"), ("foci_flowers", "flowers"), ("foci_aircraft", "aircrafts")],
+)
+def test_foci_is_asked_in_its_own_words(name: str, things: str, tmp_path: Path):
+    """As `prepare_prompt_mc` of FOCI writes a question, but for the conversation around it."""
+    CASES[name].write(tmp_path)
+    made = benchmarks.load(name)
+    build(made.spec(allow_subset=True), tmp_path / "out", lambda _: tmp_path, str(tmp_path))
+    for row in RowTable(tmp_path / "out"):
+        listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", row["options"]))
+        words = f"Which of these {things} is shown in the image?\nChoices:\n{listed}\nAnswer with the letter from the given choices"
+        assert question_prompt(row, made.suffix or "") == f"<image>\n{words} directly." and len(row["options"]) == 4
+        assert "Choices" not in question_prompt(row, "", listed=False)
+
+
+@pytest.mark.parametrize("key", ["question", "lead"])
+@pytest.mark.parametrize("value", [3, "", "Two\nlines"])
+def test_focis_words_are_a_line(key: str, value: object, tmp_path: Path):
+    CASES["foci_pets"].write(tmp_path)
+    with pytest.raises(UserError, match=rf"{key}: .*a line of text\)\n.*leave {key} out"):
+        build({"source": "foci", "set": "oxford_pet", key: value}, tmp_path / "out", lambda _: tmp_path, str(tmp_path))
 
 
 def test_a_sibling_says_only_what_differs(tmp_path: Path):

@@ -121,6 +121,20 @@ def test_hallusion_tells_categories_apart_and_leaves_questions_without_a_figure_
         hallusion(marks([(True, {"category": "VD"})]))
 
 
+def test_a_figure_or_pair_that_lost_a_question_is_left_out_and_counted() -> None:
+    """The wrong question of set 0's second figure was dropped: that figure and its pair would be right, were they taken as whole."""
+    metas = [{**meta, "figure_questions": 2, "pair_questions": 2 if meta["set_id"] == "0" else 1} for _, meta in hallusion_cases()]
+    cases = [(right, meta) for (right, _), meta in zip(hallusion_cases(), metas)]
+    points = hallusion(marks([*cases[:3], *cases[4:]]))
+    told = points.told["hallusion"]
+    assert {name: (part["right"], part["n"]) for name, part in told.items()} == {"aAcc": (4, 5), "fAcc": (1, 2), "qAcc": (2, 3)}
+    assert points.left_out == {"fAcc: a question of the figure was dropped": 1, "qAcc: a question of the pair was dropped": 1}
+    whole = hallusion(marks(cases))
+    assert whole.left_out == {} and whole.told == hallusion(marks(hallusion_cases())).told
+    with pytest.raises(UserError, match="each figure lacks a question"):
+        hallusion(marks([cases[0], cases[4]]))
+
+
 def test_ocrbench_by_hand() -> None:
     cases = [(True, {"category": "a"}), (False, {"category": "a"}), (None, {"category": "b"}), (True, {"category": "b"})]
     points = ocrbench(marks(cases, guess=0.0))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from datasets_ray.rows import RowTable, row, write_rows
 CLASSES = [f"species {i}" for i in range(12)]
 
 
-def foci_reference(similarities: np.ndarray, truth: int, top_k: int) -> list[int]:
-    """FOCI's selection for one image, as `options_generation.py` words it."""
-    top = np.argsort(similarities)[-top_k:].tolist()
+def foci_reference(similarities: np.ndarray, truth: int, top_k: int, kind: Literal["quicksort", "stable"] = "quicksort") -> list[int]:
+    """FOCI's selection for one image, as `options_generation.py` words it (numpy's default sort)."""
+    top = np.argsort(similarities, kind=kind)[-top_k:].tolist()
     return [truth, *top[1:]] if truth not in top else [truth, *(i for i in top if i != truth)]
 
 
@@ -57,19 +58,28 @@ def test_the_choice_and_order_are_focis(k: int, similar: tuple[np.ndarray, list[
     assert (chosen.ties_at_the_cut, chosen.ties_in_order) == (0, 0)
 
 
+@pytest.mark.parametrize("k", [2, 4, 5, len(CLASSES)])
+def test_ties_are_ordered_as_focis_sort_made_stable(k: int, similar: tuple[np.ndarray, list[str]]) -> None:
+    matrix, labels = np.round(similar[0]), similar[1]
+    chosen = from_similarities(matrix, CLASSES, labels, k)
+    for similarities, label, options in zip(matrix, labels, chosen.options):
+        assert options == [CLASSES[i] for i in foci_reference(similarities, CLASSES.index(label), k, "stable")]
+    assert chosen.ties_at_the_cut > 0 or k == len(CLASSES)
+
+
 def test_a_larger_k_only_adds_easier_negatives(similar: tuple[np.ndarray, list[str]]) -> None:
     four, five = (from_similarities(*[similar[0], CLASSES, similar[1]], k).options for k in (4, 5))
     assert all(b[2:] == a[1:] for a, b in zip(four, five))
 
 
-def test_ties_go_to_the_earlier_label_and_are_counted() -> None:
+def test_ties_go_to_the_later_label_and_are_counted() -> None:
     level = np.zeros((1, 6))
     chosen, cut, order = hardest(level, np.array([2]), 4)
-    assert chosen.tolist() == [[3, 1, 0]]  # 0 is the hardest of equals, so last
+    assert chosen.tolist() == [[3, 4, 5]]  # 5 is the hardest of equals, so last
     assert cut.tolist() == [True] and order.tolist() == [True]
     steps = np.array([[0.9, 0.5, 0.4, 0.4, 0.1]])
     chosen, cut, order = hardest(steps, np.array([0]), 3)
-    assert chosen.tolist() == [[2, 1]] and cut.tolist() == [True] and order.tolist() == [False]
+    assert chosen.tolist() == [[3, 1]] and cut.tolist() == [True] and order.tolist() == [False]
     # the truth's own similarity decides nothing
     chosen, cut, order = hardest(np.array([[0.5, 0.5, 0.4, 0.3]]), np.array([0]), 3)
     assert chosen.tolist() == [[2, 1]] and not cut[0] and not order[0]
@@ -86,6 +96,16 @@ def test_duplicate_class_names_are_one_label() -> None:
     assert chosen.duplicate_classes == {"missile": 2} and chosen.duplicate_rows == 1
     with pytest.raises(UserError, match="4 distinct labels"):
         from_similarities(matrix, classes, ["cat", "cat"], 5)
+
+
+def test_more_options_than_labels_name_the_similarities(tmp_path: Path) -> None:
+    made = tmp_path / "similarities"
+    made.mkdir()
+    np.save(made / "similarities.npy", np.zeros((0, 3), np.float32))
+    (made / "manifest.json").write_text(json.dumps({"ids": [], "classes": ["cat", "dog", "Cat "], "model": "x", "template": "{}"}))
+    with pytest.raises(UserError, match="similarities: k = 5 options from 2 distinct labels") as told:
+        build_from_similarities(made, tmp_path, tmp_path / "out", k=5, seed=0)
+    assert "--set mining.k=2" in told.value.hint
 
 
 def test_mistakes_are_named(similar: tuple[np.ndarray, list[str]]) -> None:

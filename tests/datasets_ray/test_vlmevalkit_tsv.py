@@ -113,6 +113,22 @@ def test_copies_that_the_table_holds_are_its_groups(tmp_path):
     vanilla, rows = make(tmp_path)
     assert [r["id"] for r in rows] == ["set-3", "set-4"] and vanilla["rotated_copies_left_out"] == 1
     assert all("group" not in r["meta"] for r in rows)
+    table(tmp_path, line(3), turned, line(1_000_004, image="3"))
+    for circular, ids in ((True, ["set-3", "set-1000003"]), (False, ["set-3"])):
+        manifest, rows = make(tmp_path, circular=circular)
+        assert [r["id"] for r in rows] == ids and (manifest["records"], manifest["copies_without_original"]) == (1, 1)
+    table(tmp_path, line(1_000_003), line(1_000_004))
+    assert make(tmp_path, circular=True)[0]["records"] == 2, "without originals they are no copies"
+
+
+@pytest.mark.parametrize(("option", "fixed"), [
+    ("A和B都对", True), ("both A/B", True), ("A", True), ("BC", True), ("A only", False), ("a and b", False), ("AB or Z", False),
+    ("CBA", False),
+])  # fmt: skip
+def test_an_option_that_speaks_of_letters_is_not_rotated(option, fixed, tmp_path):
+    table(tmp_path, line(3, C=option))
+    manifest, rows = make(tmp_path, circular=True)
+    assert (manifest["not_rotated"], len(rows)) == ((1, 1) if fixed else (0, 3))
 
 
 def test_images_go_where_the_text_mentions_them():
@@ -227,4 +243,16 @@ def test_hallusionbench_keeps_its_sets_figures_and_questions(tmp_path):
     table(tmp_path, line(1, **bare, set_id="3", figure_id="0", question_id="2"), columns=[*COLUMNS, *names])
     assert [make(tmp_path)[1][0]["meta"][name] for name in names] == ["3", "0", "2"]
     table(tmp_path, line("a_b_c", **bare))
-    assert "set_id" not in make(tmp_path)[1][0]["meta"]
+    assert not {"set_id", "figure_questions"} & set(make(tmp_path)[1][0]["meta"])
+
+
+def test_hallusionbench_keeps_how_many_questions_a_figure_and_a_pair_have_though_one_is_dropped(tmp_path):
+    """Three of figure 0, one of them with a damaged image; two of figure 1; what has no image isn't asked and counts nowhere."""
+    bare = {"A": "", "B": "", "C": "", "answer": "No"}
+    at = {"0": [0, 1, 2], "1": [0, 1]}
+    lines = [line(f"{figure}{question}_VD_illusion_1_{figure}_{question}", **bare) for figure, those in at.items() for question in those]
+    lines[2] = line("02_VD_illusion_1_0_2", **bare, image="%" * 80)
+    table(tmp_path, *lines, line("03_VD_illusion_1_0_3", **bare, image=""))
+    manifest, rows = make(tmp_path)
+    assert [row["meta"]["figure_questions"] for row in rows] == [3, 3, 2, 2] and sum(manifest["dropped"].values()) == 1
+    assert [row["meta"]["pair_questions"] for row in rows] == [2, 2, 2, 2]

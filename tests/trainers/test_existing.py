@@ -103,14 +103,54 @@ def test_a_familys_words_are_vlmevalkits() -> None:
     assert words["idefics2"] == f"Hint: Look well.\nQuestion: Which colour?\nChoices:\n{listed}\nAnswer with the letter."
     assert words["molmo"] == "a_okvqa_mc: Look well.\nWhich colour?\nA: red\nB: dark blue"
     bare = {**asked, "hint": "", "options": []}
-    kinds = {"yes_no": {"open": "yes_no"}, "unlisted": {"open": "mmmu"}, "open": {"open": "contains"}}
+    kinds = {"yes_no": {"open": "yes_no"}, "unlisted": {"open": "mmmu"}, "open": {"open": "vqa"}}
     said = {kind: families.words(families.asked("qwen2-vl"), {**bare, "meta": json.dumps(meta)}) for kind, meta in kinds.items()}
     assert said["yes_no"] == "Which colour? Please answer yes or no." and said["unlisted"] == "Question: Which colour?"
     assert said["open"] == "Which colour?\nPlease try to answer the question with short words or phrases if possible."
-    mme = {**bare, "question": "Is it red? Please answer yes or no.", "meta": '{"open": "yes_no"}'}
-    assert families.words(families.asked("qwen2-vl"), mme) == mme["question"], "an instruction isn't said twice"
+    mme = {**bare, "question": "Is it red? Please answer yes or no.", "meta": '{"open": "yes_no", "pair": "a/b"}'}
+    assert families.words(families.asked("qwen2-vl"), mme) == mme["question"], "MME's words alone"
+    twice = {**mme, "meta": '{"open": "yes_no"}'}
+    assert families.words(families.asked("qwen2-vl"), twice) == mme["question"], "an instruction isn't said twice"
     odd = {**asked, "question": "What is {options} or {hint}?", "hint": ""}
     assert families.words(families.asked("llava-1.5"), odd).startswith("What is {options} or {hint}?\nA. red")
+
+
+def test_sets_without_options_are_worded_as_vlmevalkit_words_them_for_the_family() -> None:
+    """`build_prompt` of each family's class for POPE, MME, HallusionBench, OCRBench, MM-Vet, MathVista and VQA sets."""
+    metas: dict[str, dict[str, Any]] = {
+        "POPE": {"open": "yes_no"}, "MME": {"open": "yes_no", "pair": "OCR/1.jpg"}, "HallusionBench": {"open": "yes_no", "set_id": "0"},
+        "OCRBench": {"open": "contains"}, "MM-Vet": {"open": "judged"}, "MathVista": {"open": "number"}, "TextVQA": {"open": "vqa"},
+    }  # fmt: skip
+    word, brief, short = (
+        "Answer the question using a single word or phrase.",
+        "Give a very brief answer.",
+        "Please try to answer the question with short words or phrases if possible.",
+    )
+    wanted = {
+        "llava-1.5": {"TextVQA": f"\n{word}"},
+        "llava-next": {"TextVQA": f"\n{word}"},
+        "default": {"TextVQA": f"\n{word}"},
+        "phi-3-vision": {"TextVQA": f"\n{word}"},
+        "cogvlm": {"TextVQA": f"\n{word}", **dict.fromkeys(("POPE", "MME", "HallusionBench"), "\nShort Answer.")},
+        "qwen2-vl": {
+            **dict.fromkeys(("POPE", "HallusionBench"), " Please answer yes or no."),
+            **dict.fromkeys(("OCRBench", "MathVista", "TextVQA"), f"\n{short}"),
+        },
+        "internvl": {
+            "MME": f" {word}", "HallusionBench": f" Please answer yes or no. {word}", "OCRBench": f"\n{word}", "TextVQA": f"\n{word}",
+        },
+        "idefics2": {
+            "MME": f"\n{brief}", "HallusionBench": "\nAnswer yes or no.", "MM-Vet": f"\n{brief}", "TextVQA": f"\n{word}\n{brief}",
+        },
+    }  # fmt: skip
+    bare: dict[str, Any] = {"question": "Is it red?", "hint": "", "options": []}
+    assert set(wanted) | {"molmo"} == set(families.names())
+    for name, ends in wanted.items():
+        for title, meta in metas.items():
+            said = families.words(families.asked(name), {**bare, "meta": json.dumps(meta)})
+            assert said == "Is it red?" + ends.get(title, ""), (name, title)
+    molmo = families.asked("molmo")
+    assert {families.words(molmo, {**bare, "meta": json.dumps(meta)}) for meta in metas.values()} == {"vqa2: Is it red?"}
 
 
 def test_images_go_where_the_family_puts_them() -> None:
@@ -146,6 +186,46 @@ def test_the_command_asks_a_hugging_face_directory(asked: Path, tmp_path: Path, 
     assert evaluate.main([str(folder), *out, "--prompts", "default"]) == 0
     other = parquet.read_table(tmp_path / "out" / "asked" / "out" / "predictions.parquet")
     assert "Please select the correct answer" in other.column("prompt")[0].as_py() and other.column("prompt") != table.column("prompt")
+
+
+def test_another_chat_template_or_tokenizer_is_another_model_and_asked_anew(
+    asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    """What makes a prompt belongs to the key of what was asked, a note beside it doesn't."""
+    folder = released("llava-1.5", tmp_path / "hub")
+    out = ["--questions", str(asked), "--out", str(tmp_path / "out"), "--max-new-tokens", "1", "--prompts", "default"]
+
+    def taken_up() -> bool:
+        assert evaluate.main([str(folder), *out]) == 0
+        return "answered before, nothing to ask" in capsys.readouterr().err
+
+    def prompt() -> str:
+        return parquet.read_table(tmp_path / "out" / "asked" / "out" / "predictions.parquet").column("prompt")[0].as_py()
+
+    assert not taken_up() and taken_up()
+    (folder / "README.rst").write_text("a note")
+    assert taken_up()
+    template = folder / "chat_template.jinja"
+    template.write_text("Please: " + template.read_text())
+    assert not taken_up() and prompt().startswith("Please:") and taken_up()
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt", "model.safetensors"]
+)
+def test_every_file_of_prompts_and_weights_tells_models_apart(name: str, tmp_path: Path) -> None:
+    """Of a checkpoint's folder and of a tokenizer's own."""
+    for folder in ("weights", "words"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("one")
+    spec = {"parts": {"model": {"weights": {"checkpoint": str(tmp_path / "weights")}}}, "tokenizer": str(tmp_path / "words")}
+    known = [evaluate.weights_of(spec, {})]
+    for folder in ("weights", "words"):
+        (tmp_path / folder / name).write_text("another")
+        known.append(evaluate.weights_of(spec, {}))
+    assert known[0] != known[1] != known[2] != known[0]
+    (tmp_path / "words" / "notes.md").write_text("a note")
+    assert evaluate.weights_of(spec, {}) == known[2]
 
 
 def test_mistakes_say_what_to_do(asked: Path, tmp_path: Path) -> None:

@@ -229,3 +229,17 @@ def test_half_a_pair_of_mme_is_left_out_and_counted() -> None:
     })  # fmt: skip
     scores = score.score(table, "vlmevalkit", "mme")[1]
     assert scores["mme"]["total"] == 200 and scores["value"] == 100 and scores["left_out"] == {score.LONE: 1}
+
+
+def test_a_figure_of_hallusionbench_that_lost_a_question_is_told_among_what_is_left_out() -> None:
+    places = [("0", "0", 1), ("1", "0", 2), ("1", "1", 2)]
+    meta = {"open": "yes_no", "category": "VD", "l2_category": "chart", "set_id": "0"}
+    metas = [{**meta, "figure_id": figure, "question_id": asked, "figure_questions": n} for figure, asked, n in places]
+    table = pa.table({
+        "id": ["a", "b", "c"], "options": pa.array([[], [], []], pa.list_(pa.string())), "answer": ["yes", "no", "yes"],
+        "label": pa.array([None] * 3, pa.string()), "text": ["Yes", "No.", "No"], "meta": [json.dumps(one) for one in metas],
+    })  # fmt: skip
+    whole, torn = score.score(table, "vlmevalkit", "hallusion")[1], score.score(table.slice(0, 2), "vlmevalkit", "hallusion")[1]
+    assert whole["hallusion"]["fAcc"]["n"] == 2 and "left_out" not in whole
+    assert torn["hallusion"]["fAcc"] == {"n": 1, "right": 1, "accuracy": 1.0}
+    assert torn["left_out"] == {"fAcc: a question of the figure was dropped": 1}

@@ -10,6 +10,8 @@ A family says where its wording comes from (`source`) and where asking here diff
     square      pad: an image becomes a square in the processor's mean colour first
     images_kwargs   settings of the image processor
     hint, option, choices, unlisted, yes_no, open    wordings; `unlisted` is a question without options in a set of choices (MMMU)
+    pairs, figures    yes/no questions of MME and of HallusionBench, where they are worded unlike POPE's; else as `yes_no`
+    read, graded, solved    OCRBench, MM-Vet and MathVista's questions without options, where unlike VQA sets; else as `open`
     chat, image     the whole conversation with {images} and {words}; null: the processor's own chat template
     begin       kind of question → what the answer is made to begin with
     batch       most questions at a time; null: as many as the run says
@@ -29,11 +31,15 @@ from typing import Any
 
 from datasets_ray.answers import LETTERS
 from datasets_ray.errors import UserError, nearest
-from datasets_ray.open_answers import MMMU, YES_NO
+from datasets_ray.open_answers import CONTAINS, FORMULA, JUDGED, MMMU, YES_NO
 
 HERE = Path(__file__).parent
 TELLS = ("about", "source", "differs", "model_types", "remote_code", "unsupported")
 """Keys that tell about a family; all others are what its models are asked with."""
+LIKE = {"pairs": "yes_no", "figures": "yes_no", "read": "open", "graded": "open", "solved": "open"}
+"""Kinds of questions that a family need not word, and the kind whose wording they get then."""
+SOLVED = ("number", "exact")
+"""The rules that read MathVista's answers."""
 Rule = dict[str, Any]
 
 
@@ -71,16 +77,20 @@ def refusal(name: str, remote_code: bool) -> tuple[str, str] | None:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """choices, yes_no, unlisted (MMMU's open questions) or open: which wording a question gets."""
+    """choices, unlisted (MMMU's open questions), yes_no, open or a kind of `LIKE`: which wording a question gets."""
     if row["options"]:
         return "choices"
-    rule = json.loads(row["meta"] or "{}").get("open")
-    return "yes_no" if rule == YES_NO else "unlisted" if rule == MMMU else "open"
+    meta = json.loads(row["meta"] or "{}")
+    if meta.get("open") == YES_NO:
+        return "pairs" if "pair" in meta else "figures" if "set_id" in meta else "yes_no"
+    kinds = {MMMU: "unlisted", CONTAINS: "read", FORMULA: "read", JUDGED: "graded", **dict.fromkeys(SOLVED, "solved")}
+    return kinds.get(meta.get("open"), "open")
 
 
 def words(rule: Rule, row: Mapping[str, Any]) -> str:
     """The user's words about a question row, as the family puts them."""
-    wording = rule[kind_of(row)]
+    kind = kind_of(row)
+    wording = rule[kind] if kind in rule else rule[LIKE[kind]]
     instruction = wording.rpartition("{question}")[2]
     if instruction.strip() and "{" not in instruction and row["question"].rstrip().endswith(instruction.strip()):
         wording = wording.removesuffix(instruction)  # the question brings it itself

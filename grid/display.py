@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
-from grid.ledger import seconds_of
+from grid.priority import seconds_of
 
 PLAIN_SECONDS = 30.0
 

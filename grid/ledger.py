@@ -4,34 +4,31 @@ In: the plan's stage graph, what the store already holds, reports of the lanes. 
 append-only files it alone writes: `ledger.jsonl` (attempts; they survive the driver) and `timeline.jsonl` (where lane time went).
 
 A stage goes to one lane at a time. Order: stages whose model the lane has just in hand, then arms by their longest chain of stages
-(equal ones as the study lists them), so that no lane ends alone on a long chain; within an arm the longest path of work behind.
+(equal ones as the study lists them), so that no lane ends alone on a long chain; within an arm the longest path of work behind. Towards
+the end the longest path goes first whatever the arm, and short stages fill what is left between the lanes.
 A failed stage fails the arms that need it and no others; what those arms have beside it still runs.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from grid.jsonl import mend, read_lines
+from grid.jsonl import Journal, mend, read_lines
+from grid.priority import model_stages, paths, ranks, seconds_of
 
 WAITING, RUNNING, DONE, FAILED, BLOCKED = "waiting", "running", "done", "failed", "blocked"
-UNCOUNTED = {"interrupted", "lost", "busy", "damaged"}
+UNCOUNTED = {"interrupted", "lost", "busy", "damaged", "full"}
 LANE_STARTS = 3
-
-
-def model_stages(spec: dict[str, Any]) -> set[str]:
-    """Stages whose weights a spec's model is made of."""
-    parts = (spec.get("model") or {}).get("parts", {})
-    return {part["weights"]["stage"] for part in parts.values() if "stage" in part.get("weights", {})}
-
-
-def seconds_of(stage: dict[str, Any]) -> float:
-    """Seconds the plan expects; half a second for what it takes to be free."""
-    return max(0.5, 3600 * float(stage.get("cost", {}).get("gpu_hours", 0.0)))
+PAUSE, LONGEST_PAUSE = 15.0, 600.0
+"""Seconds that nothing new starts after a disk was found full; twice as long each time until a stage finishes again."""
+END = 3.5
+"""The end begins when lanes have this many times the longest path before them: less, and too few short stages are left to fill it; more,
+and arms that could be finished wait for others."""
+SHORT = 0.1
+"""A path of less than this share of the plan's longest can wait for the end."""
 
 
 class LedgerCore:
@@ -58,10 +55,19 @@ class LedgerCore:
         self.lane_of: dict[str, str] = {}
         self.since: dict[str, float] = {}
         self.not_before: dict[str, float] = {}
+        self.paused_until, self.pause = 0.0, 0.0
+        self.journal = Journal(self.folder)
         self.lanes: dict[str, dict[str, Any]] = {}
         self.notices: list[str] = []
         self.closed = self.stop = False
-        self._rank = self._priorities()
+        self._path = paths(self.stages)
+        self._rank = ranks(self.stages, self.arms, self._path)
+        least = SHORT * max(self._path.values(), default=0.0)
+        self._long = {i for i, path in self._path.items() if path >= least}
+        self.ending = False
+        """Whether the longest path goes first now."""
+        self._unseen = len(self.stages)
+        """Stages that have finished since that was last looked at."""
         self.tried = dict.fromkeys(self.stages, 0)
         self._replay()
 
@@ -69,14 +75,15 @@ class LedgerCore:
 
     def claim(self, lane: str) -> dict[str, Any] | None:
         """The best stage that can start now, or None."""
-        if self.closed or self.stop:
+        if self.closed or self.stop or self.clock() < self.paused_until:
             return None
         entry = self.lanes.setdefault(lane, {"world": 1, "warm": set(), "failures": 0, "dead": False, "progress": {}})
+        self._look()
         now = self.clock()
         ready = [i for i in self.stages if self.ready(i) and self.not_before.get(i, 0) <= now and self._fits(i, entry["world"])]
         if not ready:
             return None
-        chosen = min(ready, key=lambda i: (self._warmth(i, lane), *self._rank[i]))
+        chosen = min(ready, key=lambda i: self._order(i, lane))
         self.tried[chosen] += 1
         self.state[chosen], self.lane_of[chosen], self.since[chosen] = RUNNING, lane, now
         entry["progress"] = {}
@@ -87,6 +94,8 @@ class LedgerCore:
         if not self._mine(lane, stage):
             return
         self.state[stage] = DONE
+        self.pause = 0.0
+        self._unseen += 1
         self.lane_of.pop(stage)
         if models := model_stages(self.stages[stage]["spec"]):
             self.lanes[lane]["warm"] = models | {stage}
@@ -116,8 +125,18 @@ class LedgerCore:
         elif final:
             self.reason[stage] = failure["message"]
             self._block()
+        elif kind == "full":
+            self._make_room(failure["message"])
         elif kind not in {"interrupted", "lost"}:
             self.notices.append(f"{name}: attempt {self.tried[stage]} of {limit} failed ({kind}: {failure['message']}); it is tried again")
+
+    def _make_room(self, message: str) -> None:
+        """A disk is full: nothing starts for a while, and no attempt is counted, however long it takes."""
+        if self.clock() < self.paused_until:
+            return  # another lane found the same
+        self.pause = min(LONGEST_PAUSE, 2 * self.pause or PAUSE)
+        self.paused_until = self.clock() + self.pause
+        self.notices.append(f"a disk is full ({message}): make room; nothing is lost, and it is tried again in {self.pause:.0f} s")
 
     def busy(self, lane: str, stage: str, message: str, seconds: float) -> None:
         """Another live run has the lease: the lane does something else, the stage is offered again a little later."""
@@ -140,7 +159,7 @@ class LedgerCore:
         for stage in [i for i, holder in self.lane_of.items() if holder == lane]:
             self.fail(lane, stage, {"kind": "infrastructure", "message": f"a worker of {lane} died", "marks": {"begin": self.since[stage]}})
         event = "lane_restarted" if restarted else "lane_up"
-        self._write("timeline.jsonl", {"event": event, "lane": lane, "world": world, "time": self.clock(), "epoch": self.epoch})
+        self.journal.write("timeline.jsonl", {"event": event, "lane": lane, "world": world, "time": self.clock(), "epoch": self.epoch})
 
     def lane_failed(self, lane: str, failure: dict[str, Any]) -> bool:
         """A worker group could not start. True: give this lane up."""
@@ -167,6 +186,7 @@ class LedgerCore:
     def beat(self, lane: str, progress: dict[str, Any]) -> dict[str, Any]:
         if lane in self.lanes:
             self.lanes[lane]["progress"] = progress
+        self.journal.flush()
         return {"stop": self.stop}
 
     # ---- the driver asks
@@ -218,6 +238,21 @@ class LedgerCore:
         needed = self.stages[stage].get("runtime", {}).get("world", 1)
         return world >= needed or all(entry["world"] < needed for entry in self.lanes.values() if not entry["dead"])
 
+    def _look(self) -> None:
+        """Whether this is the end, asked again after every hundredth of the stages: it takes a look at each of them."""
+        if 100 * self._unseen < len(self.state) or not self.state:
+            return
+        self._unseen = 0
+        waiting = [i for i, state in self.state.items() if state == WAITING]
+        left, longest = sum(seconds_of(self.stages[i]) for i in waiting), max((self._path[i] for i in waiting), default=0.0)
+        self.ending = left <= END * longest * sum(not entry["dead"] for entry in self.lanes.values())
+
+    def _order(self, stage: str, lane: str) -> tuple[float, ...]:
+        """What is least goes first. At the end long paths do, whichever lane has their model: reading it takes less than waiting."""
+        if self.ending and stage in self._long:
+            return (0, -self._path[stage], *self._rank[stage])
+        return (1, self._warmth(stage, lane), *self._rank[stage])
+
     def _warmth(self, stage: str, lane: str) -> int:
         """0: this lane has the model in hand; 1: nobody has; 2: another lane has, which will ask soon."""
         models = model_stages(self.stages[stage]["spec"])
@@ -226,21 +261,6 @@ class LedgerCore:
         if models <= self.lanes[lane]["warm"]:
             return 0
         return 2 if any(models <= entry["warm"] for entry in self.lanes.values() if not entry["dead"]) else 1
-
-    def _priorities(self) -> dict[str, tuple[int, float, int]]:
-        path = dict.fromkeys(self.stages, 0.0)  # seconds from a stage's start to the end of all that follows from it
-        for stage in reversed(list(self.stages)):  # the plan lists stages in topological order
-            path[stage] += seconds_of(self.stages[stage])
-            for need in self.stages[stage]["needs"]:
-                path[need] = max(path[need], path[stage])
-        chain = dict.fromkeys(self.stages, 0.0)  # seconds of the longest chain that ends with a stage
-        for stage, entry in self.stages.items():
-            chain[stage] = seconds_of(entry) + max((chain.get(need, 0.0) for need in entry["needs"]), default=0.0)
-        first = dict.fromkeys(self.stages, len(self.arms))
-        for index, arm in enumerate(sorted(self.arms, key=lambda name: -max((chain[i] for i in self.arms[name]), default=0.0))):
-            for stage in self.arms[arm]:
-                first[stage] = min(first[stage], index)
-        return {stage: (first[stage], -path[stage], index) for index, stage in enumerate(self.stages)}
 
     def _block(self) -> None:
         """Stages behind a failed one can't run."""
@@ -281,14 +301,10 @@ class LedgerCore:
                 self.notices.append(f"{self.stages[stage]['name']}: attempt {self.tried[stage]} was cut off with its driver; it goes on")
 
     def _journal(self, event: str, stage: str, **more: Any) -> None:
-        self._write("ledger.jsonl", {"event": event, "stage": stage, "time": self.clock(), "epoch": self.epoch, **more})
+        self.journal.write("ledger.jsonl", {"event": event, "stage": stage, "time": self.clock(), "epoch": self.epoch, **more})
 
     def _time(self, lane: str, stage: str, status: str, marks: dict[str, float]) -> None:
         entry = self.stages[stage]
         what = {"event": "stage", "stage": stage, "name": entry["name"], "kind": entry["kind"], "lane": lane, "status": status}
         times = {"claimed": self.since.pop(stage, None), "end": self.clock(), **marks}
-        self._write("timeline.jsonl", {**what, "attempt": self.tried[stage], "epoch": self.epoch, **times})
-
-    def _write(self, name: str, record: dict[str, Any]) -> None:
-        with (self.folder / name).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.journal.write("timeline.jsonl", {**what, "attempt": self.tried[stage], "epoch": self.epoch, **times})

@@ -16,7 +16,9 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
-from grid.ledger import RUNNING, WAITING, LedgerCore, model_stages
+from grid.jsonl import Journal
+from grid.ledger import RUNNING, WAITING, LedgerCore
+from grid.priority import model_stages
 from grid.simulated_times import Assumptions, Times
 
 DAY = 86400.0
@@ -25,15 +27,24 @@ PARTS = ("work", "loading", "saving", "lost", "down", "idle")
 lane was back, nothing to do."""
 
 
+class Unwritten(Journal):
+    """Nothing is kept of a simulation but its result."""
+
+    def write(self, name: str, record: dict[str, Any]) -> None:
+        pass
+
+
 class VirtualLedger(LedgerCore):
     """The run's ledger without its files, quick with a hundred thousand stages and a thousand lanes of one size.
 
     `claim` is LedgerCore's, shown only stages that can win. Stages of the same models are equally warm for a lane, so the first of them
     in rank stands for all; of models in some lane's hands, and of those in nobody's, only the best matters to a lane that has neither.
+    At the end the longest path wins, whatever the models.
     """
 
     def __init__(self, plan: dict[str, Any], folder: Path, attempts: int, clock: Callable[[], float]) -> None:
         super().__init__(plan, (), folder, attempts=attempts, clock=clock)
+        self.journal = Unwritten(folder)
         order = {i: number for number, i in enumerate(self.stages)}
         self.models = {i: frozenset(model_stages(stage["spec"])) for i, stage in self.stages.items()}
         self.latest: dict[str, set[frozenset[str]]] = {}
@@ -53,6 +64,8 @@ class VirtualLedger(LedgerCore):
         self.holds: dict[str, list[frozenset[str]]] = {}
         self.best: tuple[list[tuple[Any, str]], list[tuple[Any, str]]] = [], []
         """Firsts of `open` whose models nobody, and somebody, has in hand: heaps by rank, with entries that no longer hold."""
+        self.longest: list[tuple[float, Any, str]] = []
+        """Stages of long paths that may be claimed, longest first, with entries that no longer hold."""
         for i in self.stages:
             self.offer(i)
 
@@ -61,18 +74,26 @@ class VirtualLedger(LedgerCore):
         if self.state[stage] == WAITING and not self.unmet[stage]:
             heappush(self.open.setdefault(self.models[stage], []), (self._rank[stage], stage))
             self._show(self.models[stage])
+            if stage in self._long:
+                heappush(self.longest, (-self._path[stage], self._rank[stage], stage))
 
     def claim(self, lane: str) -> dict[str, Any] | None:
+        self._look()  # at all of them
+        while self.longest and self.state[self.longest[0][2]] != WAITING:
+            heappop(self.longest)
         stages, own = self.stages, [self.open[models][0][1] for models in self.holds.get(lane, ()) if models in self.open]
-        self.stages = {i: stages[i] for i in (*own, self._first(False), self._first(True)) if i is not None}
+        best = [self.longest[0][2]] if self.ending and self.longest else [*own, self._first(False), self._first(True)]
+        self.stages = {i: stages[i] for i in best if i is not None}
         try:
             grant = super().claim(lane)
         finally:
             self.stages = stages
         if grant is not None:
             models = self.models[grant["stage"]["id"]]
-            heappop(self.open[models])
-            if not self.open[models]:
+            heap = self.open[models]
+            while heap and self.state[heap[0][1]] != WAITING:  # the granted one, which need not be the first
+                heappop(heap)
+            if not heap:
                 del self.open[models]
             self._show(models)
         return grant
@@ -120,9 +141,6 @@ class VirtualLedger(LedgerCore):
                 return heap[0][1]
             heappop(heap)
         return None
-
-    def _write(self, name: str, record: dict[str, Any]) -> None:
-        """Nothing is kept of a simulation but its result."""
 
 
 @dataclass

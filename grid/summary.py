@@ -3,7 +3,9 @@
 In: timeline.jsonl, the ledger's last snapshot, the plan, what training stages say they computed. Out: a JSON-able dict, and `render` for
 people.
 Overhead (the issue's definition): lane time from the moment a lane is up until the last stage ends, less the stages' own work
-(first batch asked for → last step or last prediction written). A stage that marks no work counts from call to return.
+(first batch asked for → last step or last prediction written). A stage that marks no work counts from call to return. It has parts that
+grow with the number of arms (what surrounds the stages that are an arm's own) and parts that don't: what surrounds stages that arms
+share, and the tail, where a lane finds nothing left to do while others still work.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def group_of(stage: dict[str, Any]) -> str:
 
 
 def lane_times(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of lane time and where they went: work, loading (claim → work), closing (work → committed), idle."""
+    """Seconds of lane time and where they went: work, loading (claim → work), closing (work → committed), idle; `tail`: of the idle ones,
+    behind each lane's last stage."""
     ups: dict[str, float] = {}
     for event in timeline:
         if event["event"] == "lane_up":
@@ -43,7 +46,9 @@ def lane_times(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]
         loading += work_begin - begin
         closing += event["end"] - work_end
     idle = max(0.0, lane_seconds - work - loading - closing)
-    parts = {"work": work, "loading": loading, "closing": closing, "idle": idle, "lane": lane_seconds}
+    last = ups | {event["lane"]: event["end"] for event in sorted(epoch_events, key=lambda event: event["end"]) if event["lane"] in ups}
+    tail = sum(max(0.0, end - time) for time in last.values())
+    parts = {"work": work, "loading": loading, "closing": closing, "idle": idle, "tail": min(tail, idle), "lane": lane_seconds}
     return {f"{part}_seconds": seconds for part, seconds in parts.items()}
 
 
@@ -55,6 +60,30 @@ def idle_times(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]
         if event["lane"] in idle:
             idle[event["lane"]] -= event["end"] - (event.get("begin") or event.get("claimed") or event["end"])
     return {lane: max(0.0, seconds) for lane, seconds in sorted(idle.items())}
+
+
+def around(timeline: list[dict[str, Any]], epoch_events: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of lane time by stage, all attempts: from the end of the lane's stage before (or its start) to this one's, less the work."""
+    free = {event["lane"]: event["time"] for event in timeline if event["event"] == "lane_up"}
+    spent: dict[str, float] = {}
+    for event in sorted(epoch_events, key=lambda event: event["end"]):
+        begin = event.get("begin") or event.get("claimed") or event["end"]
+        work = event.get("work_seconds", event.get("work_end", event["end"]) - event.get("work_begin", begin))
+        since = min(begin, free.get(event["lane"], begin))
+        spent[event["stage"]] = spent.get(event["stage"], 0.0) + max(0.0, event["end"] - since - work)
+        free[event["lane"]] = event["end"]
+    return spent
+
+
+def each_further(stages: Mapping[str, Mapping[str, Any]], spent: Mapping[str, float]) -> float | None:
+    """Seconds around the stages that are one arm's own, a mean over the arms but for the one whose own stages came first (that is where
+    first times fall). None with fewer than two such arms. spent: from `around`, in the order of the stages' ends."""
+    own: dict[str, float] = {}
+    for stage, seconds in spent.items():
+        if len(arms := stages[stage]["arms"]) == 1:
+            own[arms[0]] = own.get(arms[0], 0.0) + seconds
+    further = list(own.values())[1:]
+    return sum(further) / len(further) if further else None
 
 
 def rates(computed: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -114,6 +143,7 @@ def summarise(
         "failed_stages": snapshot["failed"],
         "groups": groups, "budget": budget, "lanes": times, "idle_seconds": idle_times(lanes, events),
         "overhead_seconds_per_arm": overhead / len(arms) if events and arms else None,
+        "overhead_seconds_each_further_arm": each_further(stages, around(lanes, events)),
         "memory": memory, "notices": snapshot["notices"],
     }  # fmt: skip
 
@@ -134,8 +164,11 @@ def render(summary: dict[str, Any]) -> str:
     times = summary["lanes"]
     if summary["overhead_seconds_per_arm"] is not None:
         parts = ", ".join(f"{part} {times[part + '_seconds']:.1f} s" for part in ("loading", "closing", "idle"))
+        parts += f" ({times['tail_seconds']:.1f} s behind a lane's last stage)"
         each = f"{summary['overhead_seconds_per_arm']:.2f} s an arm (limit {OVERHEAD_LIMIT:g})"
         lines.append(f"  overhead  {each}: {parts} of {times['lane_seconds']:.0f} s lane time")
+        if (further := summary["overhead_seconds_each_further_arm"]) is not None:
+            lines.append(f"            {further:.2f} s for each arm after the first, without what arms share and the end of the run")
     if idle := summary.get("idle_seconds"):
         lines.append(f"  idle      {idle_text(idle)}")
     for name, entry in summary.get("groups", {}).items():

@@ -94,6 +94,7 @@ class Tracker:
 
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a whole traceback for what `problem` says in a line
         client = MlflowClient(tracking_uri=self.uri)
         name = self.plan["study"]["name"]
         known = client.get_experiment_by_name(name)

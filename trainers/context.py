@@ -77,12 +77,14 @@ class Context:
     cache: Cache = field(default_factory=Cache)
     pixels: PixelStore | None = None
     """Where decoded images are kept on this machine; None: nowhere. Training's batches are the same."""
+    features: PixelStore | None = None
+    """Where encoder outputs are kept on this machine, for stages whose runtime asks for it; None: nowhere."""
     marks: dict[str, float] = field(default_factory=dict)
 
     @property
     def runtime(self) -> dict[str, Any]:
         """Knobs that can't change the result: zero, offload, micro_tokens, checkpoint_steps, activation_checkpointing, eval_batch,
-        device_tflops (of the data sheet), plain (`trainers.switches`)."""
+        device_tflops (of the data sheet), features (whether encoder outputs are kept), plain (`trainers.switches`)."""
         return self.stage.get("runtime", {})
 
     @contextmanager

@@ -7,7 +7,7 @@ Rank 0 claims and tells the others; collective kinds run on all ranks, the rest 
 stage, not the lane: ranks agree through the channel. If a rank is stuck in a collective that another rank left by raising,
 or collectives no longer match, the worker raises GroupBroken and Ray Train builds the group anew.
 `config` is JSON: lane, ledger (actor name), namespace, store, run, epoch, metrics, backend, device, data_root, cwd, cache_mb, kinds,
-warm, pixels_mb, collective_seconds, grace_seconds.
+warm, pixels_mb, features_mb, collective_seconds, grace_seconds.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Lane:
     def __init__(self, config: dict[str, Any], ledger: Any, rank: int, world: int) -> None:
         import torch
 
+        from datasets_ray import features_cache
         from datasets_ray.pixels_cache import PixelStore, home
 
         self.config, self.ledger, self.rank, self.world, self.name = config, ledger, rank, world, config["lane"]
@@ -76,14 +77,17 @@ class Lane:
         self.store = Store(config["store"])
         self.cache = Cache(int(config.get("cache_mb", 1024)) << 20)
         self.pixels = PixelStore(config["pixels_mb"] << 20, str(home().absolute())) if config.get("pixels_mb") else None
+        folder = str(features_cache.home().absolute())
+        self.features = PixelStore(config["features_mb"] << 20, folder) if config.get("features_mb") else None
         self.metrics = Path(config["metrics"])
         self.grace = float(config.get("grace_seconds", 30.0))
         self.stop = threading.Event()
         self.lease: Lease | None = None
         self.progress: dict[str, Any] = {}
         self.count = 0
+        self.told: Any = None
         self.asked: Any = None
-        """The claim sent before this process cleaned up after the last stage."""
+        """What the ledger was told of the last stage and asked for, before this process cleaned up: answers come meanwhile."""
 
     def loop(self) -> None:
         import ray
@@ -94,7 +98,7 @@ class Lane:
         while True:
             self.count += 1
             grant = self._claim() if self.rank == 0 else self.channel.wait(f"{self.count}/grant", None)
-            if self.rank == 0:
+            if self.rank == 0 and self.world > 1:
                 self.channel.put(f"{self.count}/grant", grant)
             if grant is None:
                 break
@@ -107,6 +111,9 @@ class Lane:
         import ray
 
         while True:
+            if self.told is not None:
+                ray.get(self.told)
+                self.told = None
             grant = ray.get(self.asked if self.asked is not None else self.ledger.claim.remote(self.name))
             self.asked = None
             if grant is None:
@@ -119,6 +126,9 @@ class Lane:
                 self.lease = self.store.acquire(stage, Owner.here(self.config["run"], self.config["epoch"]))
             except LeaseBusy as busy:
                 ray.get(self.ledger.busy.remote(self.name, stage, str(busy), busy.seconds))
+                continue
+            except OSError as error:
+                ray.get(self.ledger.fail.remote(self.name, stage, failures.classify(error).to_json()))
                 continue
             return {**grant, "token": self.lease.token, "begin": time.time()}
 
@@ -161,9 +171,10 @@ class Lane:
         marks["end"] = time.time()
         self.lease = None
         if failure is None:
-            ray.get(self.ledger.finish.remote(self.name, stage["id"], {"marks": marks, "summary": summary}))
+            self.told = self.ledger.finish.remote(self.name, stage["id"], {"marks": marks})
         else:
-            lease.release()
+            with contextlib.suppress(OSError):  # a full disk; the run takes its own lease over
+                lease.release()
             if failure.damaged:
                 self.store.discard(failure.damaged)
             ray.get(self.ledger.fail.remote(self.name, stage["id"], {**failure.to_json(), "marks": marks}))
@@ -229,7 +240,7 @@ class Lane:
         return Context(
             stage=stage, out=lease.out, work=lease.work, inputs=self.store.reuse, rank=self.rank, world=world, device=self.device,
             data_root=self.config.get("data_root"), report=report, guard=lease.guard, stopping=stopping, cache=self.cache,
-            pixels=self.pixels,
+            pixels=self.pixels, features=self.features,
         )  # fmt: skip
 
     def _beat(self) -> None:
@@ -260,11 +271,11 @@ class Lane:
 
     def _clean(self, grant: dict[str, Any]) -> None:
         """Nothing of a stage outlives it but what it put into the cache."""
-        if self.rank == 0 and self.count > 2:
+        if self.rank == 0 and self.world > 1 and self.count > 2:
             self.channel.forget(f"{self.count - 2}/grant")
         kind = stages.KINDS.get(grant["stage"]["kind"])
-        if kind is None or not kind.collective:
-            return
+        if kind is None or not kind.collective or (self.device == "cpu" and kind.makes != "weights"):
+            return  # only an engine holds itself, and only on a GPU does it matter when tensors go
         gc.collect()
         if self.device != "cpu":
             import torch
@@ -287,7 +298,9 @@ def seed_all() -> None:
 
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace for every device that isn't there, 2 ms each time
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     torch.set_grad_enabled(True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from typing import Any
@@ -19,4 +20,9 @@ def load_model(model: dict[str, Any], image: dict[str, Any] | None, precision: s
     """A ModelSpec's model on the stage's device, in eval mode. Only the last one asked for is kept, so that two never share the memory."""
     key = "model:" + identity([model, image, precision, ctx.device])
     ctx.cache.drop("model:", keep=key)
-    return ctx.cache.get(key, lambda: build(model, ctx, image=image, precision=precision).to(ctx.device).eval())
+
+    def make() -> Any:
+        gc.collect()  # modules hold each other: the one before goes now, not after the next stages
+        return build(model, ctx, image=image, precision=precision).to(ctx.device).eval()
+
+    return ctx.cache.get(key, make)

@@ -121,6 +121,8 @@ class Store:
             if self.path(stage).exists():
                 aside = self._make(".tmp") / f"{stage}.discarded.{time.time_ns()}"
                 os.rename(self.path(stage), aside)
+                if lease := self._read_lease(stage):  # of whoever finished it: its time is over
+                    self._write_lease(stage, {**lease, "expires": 0.0})
                 shutil.rmtree(aside, ignore_errors=True)
 
     def acquire(self, stage: str, owner: Owner, seconds: float = LEASE_SECONDS) -> Lease:
@@ -216,7 +218,7 @@ class Lease:
             file.write(line.encode() + b"\n")
 
     def commit(self, summary: dict[str, Any], seconds: float, metrics: Path | None = None) -> dict[str, Any]:
-        """Makes `out` the finished artefact and gives the lease back. Returns what DONE.json says.
+        """Makes `out` the finished artefact. Returns what DONE.json says. The lease has nothing left to guard, so it isn't written again.
 
         `metrics`: the attempt's metrics file, kept beside DONE.json (not among the digests: it holds times).
         """
@@ -237,7 +239,6 @@ class Lease:
                     shutil.rmtree(final)
                 os.rename(self.out, final)
                 sync(self.store.root)
-            self._expire()
         shutil.rmtree(self.store.root / ".work" / self.stage, ignore_errors=True)
         return done
 

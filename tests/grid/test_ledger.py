@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 
 import pytest
 
+from grid import jsonl
 from grid.jsonl import read_lines
 from grid.ledger import LedgerCore
+from grid.priority import seconds_of
 from tests.grid.toy_plan import plan, stage
 
 
@@ -69,12 +72,46 @@ def test_a_lane_gets_the_predictions_of_the_model_it_just_trained_and_leaves_the
     def uses(*ids):
         return {"parts": {f"p{k}": {"weights": {"stage": i}} for k, i in enumerate(ids)}}
 
-    stages = [stage("t-0"), stage("t-1"), stage("p-0", ["t-0"], model=uses("t-0")), stage("p-1", ["t-1"], model=uses("t-1"))]
+    stages = [stage("t-0", steps=20), stage("t-1", steps=20)]
+    stages += [stage("p-0", ["t-0"], model=uses("t-0")), stage("p-1", ["t-1"], model=uses("t-1"))]
     ledger = core(tmp_path, stages, {"arm-0": ["t-0", "p-0"], "arm-1": ["t-1", "p-1"]})
     ledger.lanes["lane-0"]["warm"], ledger.lanes["lane-1"]["warm"] = {"t-0"}, {"t-1"}
     ledger.state["t-0"] = ledger.state["t-1"] = "done"
     assert ledger.claim("lane-1")["stage"]["id"] == "p-1", "though arm-0 comes first"
     assert ledger.claim("lane-0")["stage"]["id"] == "p-0"
+
+
+def chains(arms: int):
+    """Each arm: a training of 20 seconds, four predictions of one."""
+    stages, names = [], {}
+    for k in range(arms):
+        made = {"parts": {"llm": {"weights": {"stage": f"t-{k}"}}}}
+        stages += [stage(f"t-{k}", steps=20), *(stage(f"p-{k}-{n}", [f"t-{k}"], model=made) for n in range(4))]
+        names[f"arm-{k}"] = [f"t-{k}", *(f"p-{k}-{n}" for n in range(4))]
+    return stages, names
+
+
+def played(ledger: LedgerCore, now: list[float], lanes: int) -> dict[str, float]:
+    """When each stage ends, if stages take what the plan says."""
+    under_way, ended = {}, {}
+    while not ledger.settled():
+        for lane in (f"lane-{n}" for n in range(lanes)):
+            if lane not in under_way and (grant := ledger.claim(lane)):
+                under_way[lane] = (now[0] + seconds_of(grant["stage"]), grant["stage"]["id"])
+        lane = min(under_way, key=lambda one: under_way[one])
+        now[0], stage_id = under_way.pop(lane)
+        ledger.finish(lane, stage_id, {})
+        ended[stage_id] = now[0]
+    return ended
+
+
+def test_short_stages_wait_for_the_end_and_fill_it_while_arms_before_it_are_finished_one_by_one(tmp_path):
+    now = [0.0]
+    ended = played(core(tmp_path, *chains(9), clock=lambda: now[0]), now, 2)
+    assert max(ended.values()) == 108.0, "9 x 24 seconds on two lanes: neither waits for the other"
+    done = [max(time for stage_id, time in ended.items() if stage_id.split("-")[1] == str(k)) for k in range(9)]
+    assert done[:2] == [22.0, 24.0], "while much is left, a lane asks the model that it has just trained"
+    assert min(done[2:]) > ended["t-7"] == 84.0, "then trainings go first"
 
 
 def test_an_idle_lane_takes_even_what_another_has_warm(tmp_path):
@@ -220,3 +257,52 @@ def test_the_timeline_names_stage_lane_and_marks(tmp_path):
     assert {key: event[key] for key in marks} == marks
     assert (event["stage"], event["lane"], event["status"], event["attempt"]) == ("base", "lane-0", "done", 1)
     assert json.dumps(ledger.snapshot())
+
+
+FULL = {"kind": "full", "message": "OSError: [Errno 28] No space left on device"}
+
+
+def test_a_full_disk_pauses_everything_counts_no_attempt_and_is_said_once_a_pause(tmp_path):
+    clock = Clock()
+    ledger = core(tmp_path, *diamond(), done=["base"], attempts=2, clock=clock)
+    pauses = []
+    for _ in range(8):
+        stage = ledger.claim("lane-0")["stage"]["id"]
+        other = ledger.claim("lane-1")["stage"]["id"]
+        ledger.fail("lane-0", stage, FULL)
+        ledger.fail("lane-1", other, FULL)
+        assert ledger.claim("lane-0") is None and ledger.tried[stage] == 0
+        pauses.append(ledger.paused_until - clock.now)
+        clock.now = ledger.paused_until
+    assert [round(p) for p in pauses] == [15, 30, 60, 120, 240, 480, 600, 600]
+    assert len(ledger.notices) == 8 and all("a disk is full" in n and "make room" in n for n in ledger.notices)
+    stage = ledger.claim("lane-0")["stage"]["id"]
+    ledger.finish("lane-0", stage, {})
+    ledger.fail("lane-0", ledger.claim("lane-0")["stage"]["id"], FULL)
+    assert round(ledger.paused_until - clock.now) == 15, "a stage finished: it begins anew"
+
+
+def test_the_journal_waits_for_room_and_keeps_its_order(tmp_path, monkeypatch):
+    ledger = core(tmp_path, *diamond())
+    real = jsonl._append
+
+    def full(path, line):
+        with path.open("a") as file:
+            file.write(line[:7])  # what still fitted
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(jsonl, "_append", full)
+    stage = ledger.claim("lane-0")["stage"]["id"]
+    ledger.finish("lane-0", stage, {})
+    assert [e["event"] for e in read_lines(tmp_path / "ledger.jsonl")] == []
+    monkeypatch.setattr(jsonl, "_append", real)
+    ledger.beat("lane-0", {})
+    assert [e["event"] for e in read_lines(tmp_path / "ledger.jsonl")] == ["start", "finish"]
+    assert [e["event"] for e in read_lines(tmp_path / "timeline.jsonl")] == ["lane_up", "lane_up", "stage"]
+
+    def broken(path, line):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(jsonl, "_append", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        ledger.claim("lane-1")

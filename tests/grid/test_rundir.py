@@ -11,7 +11,7 @@ from datasets_ray.errors import UserError
 from grid.memory import processes, proportional
 from grid.rundir import RunDirectory, alive
 from grid.settings import Settings
-from grid.summary import lane_times, rates, render, summarise
+from grid.summary import around, each_further, lane_times, rates, render, summarise
 from tests.grid.toy_plan import plan, stage
 
 
@@ -68,6 +68,23 @@ def test_lane_time_is_work_loading_closing_and_idling():
     assert times["work_seconds"] == 6 + 6, "a stage that marks nothing works from begin to end; pauses between marks are not work"
     assert (times["loading_seconds"], times["closing_seconds"]) == (1, 1)
     assert times["idle_seconds"] == 18 - 12 - 1 - 1
+    assert times["tail_seconds"] == 20 - 18, "lane-1 found nothing more to do"
+
+
+def test_what_each_further_arm_costs_leaves_out_what_arms_share_and_the_end_of_the_run():
+    made = plan([stage("x"), stage("y"), stage("z")], {"one": ["x", "y"], "two": ["x", "z"], "three": ["x"]})
+    ups = [{"event": "lane_up", "lane": f"lane-{n}", "time": 0.0} for n in (0, 1)]
+    done = [
+        {"stage": "x", "lane": "lane-0", "begin": 1.0, "work_begin": 2.0, "work_end": 9.0, "end": 10.0},
+        {"stage": "y", "lane": "lane-0", "begin": 12.0, "work_begin": 13.0, "work_end": 15.0, "work_seconds": 1.5, "end": 16.0},
+        {"stage": "z", "lane": "lane-1", "begin": 11.0, "end": 12.0},  # an attempt that failed before its work
+        {"stage": "z", "lane": "lane-1", "begin": 12.5, "work_begin": 12.75, "work_end": 19.0, "end": 20.0},
+    ]
+    spent = around(ups, done)
+    assert spent == {"x": 3.0, "z": 11.0 + (0.5 + 0.25 + 1.0), "y": 2.0 + 1.0 + 0.5 + 1.0}
+    stages = {one["id"]: one for one in made["stages"]}
+    assert each_further(stages, spent) == 4.5, "of one and two, two came first; three has nothing of its own"
+    assert each_further(stages, {"x": 3.0, "y": 1.0}) is None
 
 
 def test_the_summary_counts_one_epoch_and_can_be_told(tmp_path):

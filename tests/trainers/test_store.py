@@ -172,6 +172,21 @@ def test_a_lease_given_back_is_free_at_once_and_tokens_never_repeat(store):
     assert store.acquire(STAGE, owner("run-b")).token == second.token + 1
 
 
+def test_an_artefact_thrown_away_twice_ends_no_lease_of_whoever_makes_it_anew(store):
+    first = store.acquire(STAGE, owner("run-b"))
+    fill(first)
+    first.commit({}, 0.0)
+    store.discard(STAGE)  # two runs found it damaged: this one makes it anew,
+    again = store.acquire(STAGE, owner("run-a"))
+    store.discard(STAGE)  # and that one comes later
+    with pytest.raises(LeaseBusy, match="run-a"):
+        store.acquire(STAGE, owner("run-b"))
+    again.guard()
+    fill(again)
+    again.commit({}, 0.0)
+    store.verify(STAGE, digests=True)
+
+
 def test_a_dead_process_of_this_host_holds_nothing(store):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     here = Owner.here("run-b", 1)

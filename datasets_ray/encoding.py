@@ -226,11 +226,12 @@ def layouts(row: Row, root: Path | None, recipe: ImageRecipe | None, known: Sequ
 
 
 def encode_rows(
-    rows: Sequence[Row], places: Sequence[Place], encoding: Encoding, known: Callable[[Place], Size | None] = lambda place: None
+    rows: Sequence[Row], places: Sequence[Place], encoding: Encoding,
+    known: Callable[[Place, Mapping[str, Any]], Size | None] = lambda place, image: None,
 ) -> list[Record]:  # fmt: skip
     """A record for every row, tokenised in one batch per stream.
 
-    places: where the rows lie. known: an image's size, where it can do without its header; only for uniform recipes, whose layout is one.
+    places: where the rows lie. known: an image's size from elsewhere than its header read here; it may raise ImageError as well.
     """
     shapes: list[list[ImageLayout]] = []
     reasons: dict[int, str] = {}
@@ -239,7 +240,7 @@ def encode_rows(
         shape: list[ImageLayout] = []
         try:
             if needs_images:
-                sizes = [known(place._replace(image=number)) for number in range(len(row["images"]))] if encoding.image else []
+                sizes = [known(place._replace(image=at), image) for at, image in enumerate(row["images"])] if encoding.image else []
                 shape = layouts(row, open_rows(place.directory).root, encoding.image, sizes)
         except (ImageError, RowError) as error:
             reasons[at] = error.reason

@@ -6,14 +6,15 @@ hands on a `Slot` where the consumer can read kept pixels by itself; `Fill`, at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from datasets_ray.encoding import Place
 from datasets_ray.errors import UserError
-from datasets_ray.images import ImageError, ImageRecipe, pixels
+from datasets_ray.images import ImageError, ImageRecipe, open_image, pixels, rgb
 from datasets_ray.kept import Kept
 from datasets_ray.packing import Batch
 from datasets_ray.pixels_cache import PixelCounts, PixelStore, Slot, cache_of
@@ -23,32 +24,77 @@ PIXELS: Kept[np.ndarray] = Kept(96 << 20)
 """Fitted images of this process, by place and recipe: a miniature's whole training set, a drop of a large one."""
 
 
-def image_of(place: Place, recipe: ImageRecipe, store: PixelStore | None, here: bool) -> np.ndarray | Slot:
+HEADERS = 64
+"""Images of a step that are open at a time."""
+
+
+class Header(NamedTuple):
+    """An image that has been opened, and the stamp of its source from before."""
+
+    stamp: int | None
+    image: Image.Image
+
+
+class Headers:
+    """The images of a step whose headers were read for their sizes, so that they needn't be opened again. Close it (or use `with`)."""
+
+    def __init__(self, recipe: ImageRecipe | None, store: PixelStore | None) -> None:
+        self.recipe, self.store = recipe, store
+        self._opened: dict[Place, Header] = {}
+
+    def size(self, place: Place, image: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(width, height) from the image's header, or of kept pixels of a uniform recipe: their header was sound. Raises ImageError."""
+        cache = cache_of(self.store, place.directory, self.recipe) if self.recipe is not None else None
+        stamp = cache.stamp(place) if cache else 0
+        slot = cache.find(place, stamp) if cache and self.recipe.uniform and stamp is not None else None  # type: ignore[union-attr]
+        if slot is not None:
+            return slot.width, slot.height
+        opened = open_image(image, open_rows(place.directory).root)
+        if stamp is None or len(self._opened) >= HEADERS:
+            opened.close()
+        else:
+            self._opened[place] = Header(stamp, opened)
+        return opened.size
+
+    def take(self, place: Place) -> Header | None:
+        return self._opened.pop(place, None)
+
+    def __enter__(self) -> Headers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._opened:
+            self._opened.popitem()[1].image.close()
+
+
+def image_of(place: Place, recipe: ImageRecipe, store: PixelStore | None, here: bool, header: Header | None = None) -> np.ndarray | Slot:
     """An image's pixels; where they are kept and the consumer is `here`, on this machine, the slot in which it finds them."""
     cache = cache_of(store, place.directory, recipe)
     if cache is None:
-        return _remembered(place, recipe)
-    found = cache.keep(place, lambda: fresh(place, recipe))
+        return _remembered(place, recipe, header)
+    found = cache.keep(place, lambda: fresh(place, recipe, header), header.stamp if header else None)
     return found if here or not isinstance(found, Slot) else read(found, recipe, store)[0]
 
 
-def fresh(place: Place, recipe: ImageRecipe) -> np.ndarray:
-    """An image decoded and fitted. UserError when its data is broken."""
+def fresh(place: Place, recipe: ImageRecipe, header: Header | None = None) -> np.ndarray:
+    """An image decoded and fitted. header: it is open already. UserError when its data is broken."""
     table = open_rows(place.directory)
-    row = table.table.slice(place.row, 1)
     try:
-        return pixels(row.column("images")[0].as_py()[place.image], recipe, table.root)
+        if header is not None:
+            return recipe.fit(rgb(header.image))
+        return pixels(table.table.column("images")[place.row].as_py()[place.image], recipe, table.root)
     except ImageError as error:
+        row = table.table.slice(place.row, 1)
         # its header was sound, so other ranks count on this sample: it can't be dropped any more
         hint = "build the dataset stage again; sources drop and count what doesn't decode"
         raise UserError(f"the image of row {row.column('id')[0].as_py()!r} can't be decoded", why=str(error), hint=hint) from error
 
 
-def _remembered(place: Place, recipe: ImageRecipe) -> np.ndarray:
+def _remembered(place: Place, recipe: ImageRecipe, header: Header | None) -> np.ndarray:
     """`fresh` once per process."""
     made = PIXELS.get((place, recipe))
     if made is None:
-        made = fresh(place, recipe)
+        made = fresh(place, recipe, header)
         PIXELS.put((place, recipe), made, made.nbytes + 200)
     return made
 
@@ -76,7 +122,7 @@ def missing(directories: Sequence[str], recipe: ImageRecipe, store: PixelStore |
 class Fill:
     """What `Stream` does to the micro-batches of a `TrainTask` before it hands them out. counts: of all of them so far."""
 
-    def __init__(self, recipe: ImageRecipe, store: PixelStore) -> None:
+    def __init__(self, recipe: ImageRecipe, store: PixelStore | None) -> None:
         self.recipe, self.store, self.counts = recipe, store, PixelCounts()
 
     def __call__(self, batches: list[Batch]) -> list[Batch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -70,9 +71,12 @@ def _crop(image: Image.Image, size: int, _mean: tuple[float, ...]) -> Image.Imag
     width, height = image.size
     short, long = min(width, height), max(width, height)
     other = int(size * long / short)
-    image = image.resize((size, other) if width <= height else (other, size), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    if width <= height:
+        image, top = image.resize((size, other), Image.Resampling.BICUBIC), (other - size) // 2
+        return image.crop((0, top, size, top + size))
+    # Pillow resizes rows, then columns: those that are cropped needn't be resized (the same bytes, an eighth less work)
+    image, left = image.resize((other, height), Image.Resampling.BICUBIC), (other - size) // 2
+    return image.crop((left, 0, left + size, height)).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def _pad(image: Image.Image, size: int, mean: tuple[float, ...]) -> Image.Image:
@@ -191,8 +195,8 @@ def layout(width: int, height: int, recipe: ImageRecipe) -> ImageLayout:
     return recipe.layout(width, height)
 
 
-def _open(image: Mapping[str, Any], root: Path | None) -> Image.Image:
-    """The image with its header read and its limits checked; pixels are decoded on first use."""
+def open_image(image: Mapping[str, Any], root: Path | None = None) -> Image.Image:
+    """The image with its header read and its limits checked, for `rgb`; its file is open until it is decoded or closed. ImageError."""
     data = image.get("bytes")
     path = None if data is not None else resolve(image.get("path"), root)
     try:
@@ -243,27 +247,35 @@ def resolve(path: str | None, root: Path | None) -> Path:
     if root is None:
         raise ImageError("image missing", f"{path}: the rows' manifest names no root")
     try:
-        full = (root / path).resolve()
-    except (OSError, ValueError, RuntimeError) as error:  # a name with a null byte, a loop of links
+        real = os.path.realpath(root)
+        full = os.path.realpath(os.path.join(real, path))
+    except (OSError, ValueError) as error:  # a name with a null byte
         raise ImageError("image missing", f"{path!r}: {error}") from error
-    if not full.is_relative_to(root.resolve()):
+    if full != real and not full.startswith(real.rstrip(os.sep) + os.sep):
         raise ImageError("image outside its root", path)
-    return full
+    return Path(full)
 
 
 def image_size(image: Mapping[str, Any], root: Path | None = None) -> tuple[int, int]:
     """(width, height) from the header alone. Raises ImageError."""
-    with _open(image, root) as opened:
+    with open_image(image, root) as opened:
         return opened.size
 
 
 def decode(image: Mapping[str, Any], root: Path | None = None) -> Image.Image:
-    """An RGB image from `{"bytes", "path"}`; grey, palette, CMYK, alpha and 16-bit are converted. Raises ImageError.
+    """An RGB image from `{"bytes", "path"}`. Raises ImageError."""
+    return rgb(open_image(image, root))
+
+
+def rgb(opened: Image.Image) -> Image.Image:
+    """The decoded image; grey, palette, CMYK, alpha and 16-bit are converted. Raises ImageError.
 
     Of an animation the first frame, and the pixels as they are stored: EXIF's orientation is left alone, as LLaVA leaves it.
     """
-    opened = _open(image, root)
     try:
+        if opened.format == "JPEG" and opened.mode == "RGB":
+            opened.load()
+            return opened  # converting would copy it
         if opened.mode.startswith("I;16") or opened.mode in {"I", "F"}:
             # PIL clamps 16 bits at 255 instead of scaling them
             values = np.asarray(opened, dtype=np.float64)

@@ -10,10 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from datasets_ray.tokens import IGNORE, IMAGE_ID
+
+if TYPE_CHECKING:
+    from datasets_ray.features_cache import PackFeatures
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Pack:
     ids, labels: int64[T], labels aligned with ids and IGNORE at every segment's first token. positions: int64[T], from 0 in each segment.
     lengths: int64[S], sums to T. sample: int64[S], the segment's sample within the step. image_counts: int64[S], images of each segment.
     images: uint8[N, H, W, 3], or a list of uint8[H, W, 3] where sizes differ. image_slots: int64[K], where ids == IMAGE_ID, in image order.
-    grids: int64[N, 3], (1, rows, columns) in patches.
+    grids: int64[N, 3], (1, rows, columns) in patches. features: encoder outputs, where they are kept; images and grids are then of those
+    that have none.
     """
 
     ids: np.ndarray
@@ -53,6 +58,7 @@ class Pack:
     image_counts: np.ndarray
     image_slots: np.ndarray
     grids: np.ndarray
+    features: PackFeatures | None = None
 
     @property
     def tokens(self) -> int:

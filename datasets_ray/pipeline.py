@@ -16,17 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from datasets_ray import features_cache
 from datasets_ray.encoding import Encoding, Place, Record, Stats, encode_rows, tally
-from datasets_ray.fitted import Fill, image_of, missing
+from datasets_ray.features_cache import FeatureStore, FillFeatures
+from datasets_ray.fitted import Fill, Headers, image_of, missing
 from datasets_ray.images import ImageError, ImageRecipe, pixels
 from datasets_ray.kept import Kept
 from datasets_ray.order import StepIndex, modality_lengths, steps_of
 from datasets_ray.packing import Batch, Segment, assign, pack
-from datasets_ray.pixels_cache import PixelStore, cache_of
+from datasets_ray.pixels_cache import PixelStore
 from datasets_ray.prompts import RowError
 from datasets_ray.rows import open_rows
 from datasets_ray.streaming import Stream, node
@@ -96,7 +98,8 @@ class TrainTask:
     """Row numbers of a step → this rank's micro-batches. Each rank encodes the whole step and decodes only its own images.
 
     store: where pixels are kept; None: they travel with the batches. Else a batch's images are a list, of slots where they are kept on the
-    consumer's machine, its `node`; `Fill` makes of it what it would have been.
+    consumer's machine, its `node`; `Fill` makes of it what it would have been. features: whose outputs are kept, so that images go without
+    pixels where those are found; `FillFeatures` reads them.
     """
 
     directories: tuple[str, ...]
@@ -106,6 +109,7 @@ class TrainTask:
     micro_tokens: int
     store: PixelStore | None = None
     node: str = ""
+    features: FeatureStore | None = None
 
     @cached_property
     def _key(self) -> str:
@@ -113,9 +117,12 @@ class TrainTask:
         return repr(self.encoding)
 
     def __call__(self, numbers: np.ndarray) -> tuple[list[Batch], Stats]:
+        with Headers(self.encoding.image, self.store) as headers:
+            return self._made(_tables(self.directories).places(numbers), headers)
+
+    def _made(self, places: Sequence[Place], headers: Headers) -> tuple[list[Batch], Stats]:
         here = node() == self.node  # not kept: a task that ran here is sent elsewhere, too
-        places = _tables(self.directories).places(numbers)
-        records = self._records(places)
+        records = self._records(places, headers)
         stats = tally(records)
         kept = [record.sample for record in records if record.sample is not None]
         costs = [sum(segment.cost for segment in sample.values()) for sample in kept]
@@ -127,52 +134,51 @@ class TrainTask:
         for place, members in enumerate(ranks[self.rank]):
             streams, most = {}, {}
             for name in self.encoding.streams:
-                segments = [self._decoded(kept[m][name], here) for m in members]
-                shape = _shape(self.encoding.image) if self.store is None else None
+                segments = [self._decoded(kept[m][name], here, headers) for m in members]
+                shape = _shape(self.encoding.image) if self.store is None and self.features is None else None
                 streams[name] = pack(segments, members, shape)  # numbered without gaps: objectives gather by it
                 most[name] = max(sum(kept[m][name].valid for m in bins[place]) for bins in ranks)
             batches.append(Batch(streams, len(kept), sum(valid.values()), valid, most))
         return batches, stats
 
-    def _records(self, places: Sequence[Place]) -> list[Record]:
+    def _records(self, places: Sequence[Place], headers: Headers) -> list[Record]:
         found = {place: RECORDS.get((place, self._key)) for place in places}
         new = [place for place, record in found.items() if record is None]
-        for place, made in zip(new, encode_rows([read(place) for place in new], new, self.encoding, self._size)):
+        for place, made in zip(new, encode_rows([read(place) for place in new], new, self.encoding, headers.size)):
             RECORDS.put((place, self._key), made, made.nbytes)
             found[place] = made
         return [record for place in places if (record := found[place]) is not None]
 
-    def _size(self, place: Place) -> tuple[int, int] | None:
-        """(width, height) of kept pixels of a uniform recipe: their header was sound."""
-        recipe = self.encoding.image
-        cache = cache_of(self.store, place.directory, recipe) if recipe is not None and recipe.uniform else None
-        slot = cache.find(place) if cache else None
-        return (slot.width, slot.height) if slot else None
-
-    def _decoded(self, segment: Segment, here: bool) -> Segment:
+    def _decoded(self, segment: Segment, here: bool, headers: Headers) -> Segment:
         if not segment.images:
             return segment
         assert self.encoding.image is not None
-        recipe = self.encoding.image
-        return replace(segment, images=tuple(image_of(place, recipe, self.store, here) for place in segment.images))  # type: ignore[arg-type]
+        recipe, kept, places = self.encoding.image, self.features, cast(tuple[Place, ...], segment.images)
+        if kept is None:
+            return replace(segment, images=tuple(image_of(place, recipe, self.store, here, headers.take(place)) for place in places))
+        return replace(segment, images=tuple(features_cache.asked(place, recipe, self.store, kept, here) for place in places))
 
 
 def train_batches(
     directories: Sequence[str | Path], encoding: Encoding, index: StepIndex,
     start_step: int = 0, rank: int = 0, world: int = 1, micro_tokens: int = 4096, *, name: str = "train", store: PixelStore | None = None,
+    features: FeatureStore | None = None,
 ) -> Stream[list[Batch]]:  # fmt: skip
     """For every step from `start_step` on: this rank's micro-batches; all ranks have equally many, missing ones are empty packs.
 
     A step's samples, and `samples` and `valid` of its batches, are the same for all ranks. A row dropped from a step leaves it smaller.
-    store: where decoded pixels are kept (`datasets_ray.pixels_cache`); the batches are the same without.
+    store: where decoded pixels are kept (`datasets_ray.pixels_cache`); the batches are the same without. features: where encoder outputs
+    are (`datasets_ray.features_cache`); packs then hold them, and pixels only of images that have none. Uniform recipes only.
     """
     recipe = encoding.image
-    store = store if recipe is not None else None
-    task = TrainTask(tuple(str(d) for d in directories), encoding, rank, world, micro_tokens, store, node())
+    store, features = (store, features) if recipe is not None else (None, None)
+    task = TrainTask(tuple(str(d) for d in directories), encoding, rank, world, micro_tokens, store, node(), features)
     steps = [index[step] for step in range(start_step, len(index))]
-    fill = Fill(recipe, store) if recipe is not None and store is not None else None
-    stream = Stream(task, steps, name=name, step_bytes=_step_bytes(task, steps), finish=fill)
-    stream.pixels = fill.counts if fill else None
+    known = FillFeatures(recipe, store, features) if recipe is not None and features is not None else None
+    fill = known.pixels if known else Fill(recipe, store) if recipe is not None and store is not None else None
+    stream = Stream(task, steps, name=name, step_bytes=_step_bytes(task, steps), finish=known or fill)
+    stream.pixels = fill.counts if fill and store is not None else None
+    stream.features = known.counts if known else None
     return stream
 
 
@@ -180,11 +186,16 @@ def _step_bytes(task: TrainTask, steps: Sequence[np.ndarray]) -> int:
     """About what a step hands on. Kept pixels stay where they are: those still to be made count for the time that they take."""
     rows, recipe = len(steps[0]) if steps else 1, task.encoding.image
     whole = rows * _row_bytes(recipe, task.encoding.max_tokens)
-    if task.store is None or recipe is None or not steps:
+    if (task.store is None and task.features is None) or recipe is None or not steps:
         return whole
     bare = rows * _row_bytes(None, task.encoding.max_tokens)
     numbers = np.concatenate(steps)
-    to_make = missing(task.directories, recipe, task.store, _tables(task.directories).split(numbers))
+    split = _tables(task.directories).split(numbers)
+    if task.features is not None and not features_cache.missing(task.directories, recipe, task.features, split):
+        return bare
+    if task.store is None:
+        return whole
+    to_make = missing(task.directories, recipe, task.store, split)
     return bare + int((whole - bare) * min(1.0, to_make / len(numbers)) / MADE)
 
 

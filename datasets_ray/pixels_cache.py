@@ -26,7 +26,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,17 +106,19 @@ class PixelCache:
     """The kept pixels of one rows artefact under one recipe. Safe between threads and processes. OSError where it can't be had."""
 
     def __init__(self, store: PixelStore, directory: str, recipe: ImageRecipe) -> None:
+        self.recipe = recipe
+        self._open(store, directory, {"recipe": recipe_to_json(recipe), "pillow": PIL.__version__}, _slot_bytes(recipe))
+
+    def _open(self, store: PixelStore, directory: str, of: Mapping[str, Any], slot_bytes: int) -> None:
+        """of: what was made of the rows' images, JSON; slot_bytes: what the largest takes."""
         table = open_rows(directory)
         manifest = (table.directory / "manifest.json").read_bytes()
-        about = {
-            "rows": hashlib.sha256(manifest).hexdigest(), "recipe": recipe_to_json(recipe), "pillow": PIL.__version__, "version": VERSION,
-        }  # fmt: skip
-        self.store, self.table, self.recipe = store, table, recipe
+        about = {"rows": hashlib.sha256(manifest).hexdigest(), "version": VERSION, **of}
+        self.store, self.table, self.slot_bytes = store, table, slot_bytes
         self.path = store.root / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
         lengths = pc.fill_null(pc.list_value_length(table.table.column("images")), 0).to_numpy()
         self.first = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         """int64[rows + 1]: the slot of each row's first image."""
-        self.slot_bytes = _slot_bytes(recipe)
         slots = int(self.first[-1])
         self.per_file = max(1, FILE_BYTES // self.slot_bytes, -(-slots // MOST_FILES))
         self._files: dict[int, io.FileIO] = {}
@@ -131,13 +133,16 @@ class PixelCache:
         before = np.concatenate([[0], np.cumsum(self.entries["written"] != 1)])
         return int((before[self.first[rows + 1]] - before[self.first[rows]]).sum())
 
-    def find(self, place: Place) -> Slot | None:
-        """The kept pixels of this image, if its source is what it was."""
-        return self._found(place, self._stamp(place))
+    def find(self, place: Place, stamp: int | None = None) -> Slot | None:
+        """The kept pixels of this image, if its source is what it was. stamp: of the source, if it was asked for just now."""
+        return self._found(place, self.stamp(place) if stamp is None else stamp)
 
-    def keep(self, place: Place, make: Callable[[], np.ndarray]) -> Slot | np.ndarray:
-        """The kept pixels of this image, made if there are none; as an array when there is no room for them."""
-        stamp = self._stamp(place)  # before the source is read: what changes meanwhile is decoded again
+    def keep(self, place: Place, make: Callable[[], np.ndarray], stamp: int | None = None) -> Slot | np.ndarray:
+        """The kept pixels of this image, made if there are none; as an array when there is no room for them.
+
+        stamp: of the source, from before anything of it was read: what changes meanwhile is decoded again. None: `make` reads all of it.
+        """
+        stamp = self.stamp(place) if stamp is None else stamp
         found = self._found(place, stamp)
         if found is not None:
             return found
@@ -146,7 +151,7 @@ class PixelCache:
 
     def make(self, place: Place, make: Callable[[], np.ndarray]) -> np.ndarray:
         """The image's pixels made anew, and kept in place of damaged ones."""
-        stamp = self._stamp(place)
+        stamp = self.stamp(place)
         pixels = make()
         self._put(place, pixels, stamp)
         return pixels
@@ -196,7 +201,7 @@ class PixelCache:
         self.entries[slot.number : slot.number + 1]["written"] = 0
         return False
 
-    def _stamp(self, place: Place) -> int | None:
+    def stamp(self, place: Place) -> int | None:
         """A number for the source as it is now: a file's size and time of change. Bytes in the rows never change. None: it isn't there."""
         if not self.stamped:
             return 0

@@ -1,7 +1,7 @@
 """Streaming: a task over a list of row numbers, run ahead of its consumer, in order.
 
 In: a picklable task `row numbers → (result, Stats)` and the row numbers of every step. Out: a `Stream` of the results. With Ray running,
-Ray Data runs the task in tasks of a quarter core, several steps a block, and hands the results on in order; without, a thread does.
+Ray Data runs the task in tasks of a quarter core, several steps each, and hands the results on in order; without, a thread does.
 Until Ray Data delivers (it takes a fraction of a second to start, and seconds where its workers start too) a thread does, too.
 """
 
@@ -16,12 +16,17 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from datasets_ray import ray_habits
 from datasets_ray.encoding import Stats
 from datasets_ray.pixels_cache import PixelCounts
+
+if TYPE_CHECKING:
+    from datasets_ray.features_cache import FeatureCounts
 
 T = TypeVar("T")
 Task = Callable[[np.ndarray], tuple[T, Stats]]
@@ -32,13 +37,13 @@ WORKERS = 2
 """Data tasks of one stream at a time."""
 BLOCKS = 256
 """A stream is cut into about so many tasks at most."""
-TASK_BYTES, MOST_STEPS = 8 << 20, 64
-"""A task makes about so many bytes of results, and no more steps than this: starting one costs as much as 20 steps of a miniature."""
+TASK_BYTES, LARGE_BYTES, MOST_STEPS = 8 << 20, 32 << 20, 64
+"""The first and the last tasks make about so many bytes of results, those between up to the second, and none more steps than this:
+starting one costs as much as 20 steps of a miniature, and what ran it stands still until Ray Data looks again, up to 0.1 s."""
 HEAD_BYTES = 1 << 20
 """So much of a stream's beginning is left to the consumer's own thread, all of a stream of up to twice as much. 0: nothing is."""
-CHUNK_BYTES = 4 << 20
-"""Results are handed on together up to this size, the first one of a task alone."""
-BUDGET_SECONDS = 0.1
+CHUNK_BYTES, CHUNK_SECONDS = 4 << 20, 0.5
+"""Results are handed on together up to this size and this time, the first one of a task alone: handing on costs about 10 ms."""
 STORE_BYTES = 256 << 20
 """Results of one stream that may wait in the object store."""
 
@@ -57,7 +62,7 @@ class Stream(Iterator[T], Generic[T]):
     """Results in order, made ahead from the moment the stream exists. Iterate once; close it (or use `with`) when you stop early.
 
     stats: summed over what has been handed out. waited: seconds the consumer has waited for results. step_bytes: a step's result, about.
-    finish: what is done to a result here, ahead of its use as well. pixels: how images came, where pixels are kept.
+    finish: what is done to a result here, ahead of its use as well. pixels, features: how images came, where these are kept.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Stream(Iterator[T], Generic[T]):
         self.stats = Stats()
         self.waited = 0.0
         self.pixels: PixelCounts | None = None
+        self.features: FeatureCounts | None = None
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         source = _started(task, steps, name, workers, step_bytes) if _ray_runs() else _plain(task, steps)
@@ -211,7 +217,7 @@ def _started(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int
 
 
 def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, step_bytes: int) -> Generator[tuple[T, Stats]]:
-    """The same by Ray Data: blocks of steps → map_batches → one binary column, a row per step."""
+    """The same by Ray Data: an item for each task → map_batches → one binary column, a row per step."""
     if not len(steps):
         return
     if not _ray_runs():
@@ -224,28 +230,29 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, st
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would warn that we asked for no progress bars
-    size = max(1, -(-len(steps) // BLOCKS), min(MOST_STEPS, TASK_BYTES // max(1, step_bytes)))
-    items = [{"rows": np.asarray(numbers, dtype=np.int64).tobytes()} for numbers in steps]
+    ends = np.cumsum(_sizes(len(steps), step_bytes, workers)).tolist()
+    packed = [np.asarray(numbers, dtype=np.int64).tobytes() for numbers in steps]
+    items = [{"steps": packed[begin:end]} for begin, end in zip([0, *ends], ends)]
 
     def encode(block: pa.Table) -> Iterator[pa.Table]:
         made: list[bytes] = []
-        room = 0
-        for numbers in block.column("rows"):
-            made.append(_dump(task, np.frombuffer(numbers.as_py(), dtype=np.int64)))
+        room, until = 0, 0.0
+        for numbers in chain.from_iterable(block.column("steps").to_pylist()):
+            made.append(_dump(task, np.frombuffer(numbers, dtype=np.int64)))
             room -= len(made[-1])
-            if room <= 0:
+            if room <= 0 or time.monotonic() >= until:
                 yield pa.table({"result": _column(made)})
-                made, room = [], CHUNK_BYTES
+                made, room, until = [], CHUNK_BYTES, time.monotonic() + CHUNK_SECONDS
         if made:
             yield pa.table({"result": _column(made)})
 
     encode.__name__ = name  # what the dashboard shows
     # from_items and not from_arrow, which would start a whole-CPU task per block only to read its schema
-    dataset = ray.data.from_items(items, override_num_blocks=-(-len(items) // size)).map_batches(
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         encode, batch_size=None, batch_format="pyarrow", zero_copy_batch=True, num_cpus=CPUS, compute=TaskPoolStrategy(workers)
     )
-    _hurry()
     context = dataset.context
+    ray_habits.hurry(context, step_bytes)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1  # hand on what `encode` yields as it is, not joined to larger blocks
@@ -253,8 +260,8 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, st
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=STORE_BYTES)
     batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
     try:
-        for table in batches:
-            for value in table.column("result"):  # type: ignore[union-attr]
+        while (table := ray_habits.next_of(batches)) is not None:
+            for value in table.column("result"):
                 item = pickle.loads(value.as_buffer())
                 if isinstance(item, _Failed):
                     raise item.error
@@ -265,14 +272,17 @@ def _ray(task: Task[T], steps: Sequence[np.ndarray], name: str, workers: int, st
             close()
 
 
-def _hurry() -> None:
-    """Ray Data learns once a second what a stream may use, and until the second time lets one task run at a time: a whole second of one
-    core at the start of every stage. Asking costs a message to an actor, so it may ask more often."""
-    with contextlib.suppress(ImportError):
-        from ray.data._internal.execution.resource_manager import ResourceManager
-
-        if hasattr(ResourceManager, "GLOBAL_LIMITS_UPDATE_INTERVAL_S"):
-            ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = BUDGET_SECONDS  # type: ignore[assignment]
+def _sizes(steps: int, step_bytes: int, workers: int) -> list[int]:
+    """How many steps each task makes: few at first, so that results come soon; more and more, since each costs its start; and fewer
+    again at the end, so that all workers finish together."""
+    small = max(1, min(MOST_STEPS, TASK_BYTES // max(1, step_bytes)))
+    large = max(small, -(-steps // BLOCKS), min(MOST_STEPS, LARGE_BYTES // max(1, step_bytes)))
+    sizes: list[int] = []
+    left = steps
+    while left:
+        sizes.append(min(left, max(small, min(large, steps - left, left // (2 * workers)))))
+        left -= sizes[-1]
+    return sizes
 
 
 def _column(values: Sequence[bytes]) -> Any:

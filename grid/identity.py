@@ -106,7 +106,7 @@ CLASSES: dict[str, str] = {
     **_table("Device", runtime="name tflops mfu memory_gib host_gib"),
     **_table(
         "Resources",
-        runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb pixels_mb attempts trials "
+        runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb pixels_mb features_mb attempts trials "
         "collective_seconds grace_seconds budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero "
         "activation_checkpointing offload plain",
     ),

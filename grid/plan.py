@@ -7,7 +7,6 @@ python -m grid.plan STUDY.yaml --simulate NODESxGPUS[:FAILURES_A_DAY] [--measure
 from __future__ import annotations
 
 import gc
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -15,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from grid import cost, options
+from grid import cost, features, options
 from grid.expand import Arm
 from grid.graph import Graph, Stage
 from grid.load import Loaded, load
 from grid.models import Assets, Spec, stages_of
 from grid.models import asked as asked_with
+from grid.planfile import dump
 from grid.profile import Profile
 from grid.study import Benchmark
 from trainers import judging, switches
 from trainers.stages import KINDS
-
-HOLE = "\0"
-"""Where a rendered model goes; no spec holds this text."""
 
 
 class Planner:
@@ -206,6 +203,7 @@ def plan(loaded: Loaded) -> dict[str, Any]:
     for stage in planner.graph.stages.values():
         stage.runtime = planner.runtime(stage)
         estimator.fill(stage)
+    outputs = features.groups(planner.graph, estimator)
     stages = [stage for stage in planner.graph.stages.values() if stage.arms]
     contrasts = [{"name": c.name, "axis": c.axis, "from": c.from_, "to": c.to, "where": c.where} for c in study.contrasts]
     return {
@@ -214,7 +212,8 @@ def plan(loaded: Loaded) -> dict[str, Any]:
             "profile": profile.profile, "profile_reason": loaded.reason,
             "about": profile.about, "miniature": profile.miniature, "seed": study.seed, "compatibility": study.compatibility,
             "batch_scale": profile.batch_scale, "allow_subset": _subsets(stages),
-            "assumptions": [{"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions], "scaled": loaded.scaled,
+            "assumptions": [*({"key": a.key, "value": a.value, "text": a.text} for a in study.assumptions), *loaded.assumed],
+            "scaled": loaded.scaled,
             "notices": loaded.notices, "doubts": loaded.doubts, "general_axis": _general_axis(loaded),
         },
         "groups": study.groups,
@@ -224,6 +223,7 @@ def plan(loaded: Loaded) -> dict[str, Any]:
         "arms": [entry for entry in entries if entry["source"] == "trained"],
         "references": [entry for entry in entries if entry["source"] == "released"],
         "stages": [stage.plain() for stage in stages],
+        "features": outputs,
         "totals": cost.totals(stages, entries, profile, study.paper_cost),
     }  # fmt: skip
 
@@ -244,8 +244,8 @@ def make_plan(study: str | Path, *, profile: str | None = None, arms: Sequence[s
 
 
 RUN_KEYS = (
-    "lanes", "workers", "gpus_per_worker", "cpus", "device", "threads", "object_store_mb", "cache_mb", "pixels_mb", "attempts", "trials",
-    "collective_seconds", "grace_seconds", "budget_seconds", "dashboard",
+    "lanes", "workers", "gpus_per_worker", "cpus", "device", "threads", "object_store_mb", "cache_mb", "pixels_mb", "features_mb",
+    "attempts", "trials", "collective_seconds", "grace_seconds", "budget_seconds", "dashboard",
 )  # fmt: skip
 """Resources that are the run's, not a stage's."""
 
@@ -263,29 +263,6 @@ def run_section(profile: Profile) -> dict[str, Any]:
 def steps(rows: int, batch: int, epochs: float | None, fixed: int | None) -> int:
     """Optimiser steps of a stage; the last, partial batch counts."""
     return fixed if fixed is not None else max(1, math.ceil((epochs or 0) * rows / batch))
-
-
-def dump(content: dict[str, Any]) -> str:
-    """plan.json's text: one line per arm and stage, so that two plans can be compared line by line."""
-    lines = []
-    models: dict[int, str] = {}
-    for key, value in content.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            text = "[\n" + ",\n".join([_line(item, models) for item in value]) + "\n]"
-        else:
-            text = json.dumps(value)
-        lines.append(f"{json.dumps(key)}: {text}")
-    return "{" + ",\n".join(lines) + "}\n"
-
-
-def _line(item: dict[str, Any], models: dict[int, str]) -> str:
-    """An item's JSON; a model that many stages share is rendered once."""
-    model = item.get("spec", {}).get("model")
-    if model is None:
-        return json.dumps(item)
-    if id(model) not in models:
-        models[id(model)] = json.dumps(model)
-    return json.dumps({**item, "spec": {**item["spec"], "model": HOLE}}).replace(json.dumps(HOLE), models[id(model)], 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

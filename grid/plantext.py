@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from grid.features import MB
 from grid.load import Loaded
 
 MOST = 60
@@ -23,7 +24,8 @@ def render(plan: dict[str, Any], loaded: Loaded) -> str:
     if study["allow_subset"]:
         head.append(f"SUBSETS ALLOWED: fewer records than published are no error for {', '.join(study['allow_subset'])}.")
     parts = [
-        "\n".join(head), _arms(plan), _stages(plan), _training(plan), _evaluation(plan), _totals(plan), _scaled(study), _assumptions(study),
+        "\n".join(head), _arms(plan), _stages(plan), _training(plan), _features(plan), _evaluation(plan), _totals(plan), _scaled(study),
+        _assumptions(study),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -120,6 +122,28 @@ def _training(plan: dict[str, Any]) -> str:
     ]  # fmt: skip
     title = "Batch arithmetic and estimates (steps = rows x epochs / batch, the last partial batch counts):\n"
     return title + table(head, rows) if rows else ""
+
+
+def _features(plan: dict[str, Any]) -> str:
+    rows = []
+    for entry in plan["features"]:
+        fit = entry["image"]["fit"]
+        verdict = "pays, kept" if entry["kept"] else "pays, not kept" if entry["pays"] else "doesn't pay"
+        rows.append([
+            f"{entry['encoder']} x {entry['rows']} ({fit})", f"{entry['flops_share']:.1%} of FLOPs", f"{entry['bytes'] / 1e9:.2f} GB",
+            f"read {entry['readings']:.3g} x", f"saves {hours(entry['saves'] / 3600)}", f"costs {hours(entry['costs'] / 3600)}", verdict,
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    room = plan["run"]["features_mb"]
+    pays = sum(entry["bytes"] for entry in plan["features"] if entry["pays"])
+    lines = [f"Outputs of frozen encoders, kept on one machine's disk or made again, in a device's time (features_mb: {room:,}):"]
+    lines += [f"  {'; '.join(row[:2])}, {', '.join(row[2:6])}: {row[6]}" for row in rows[:MOST]]
+    if len(rows) > MOST:
+        lines.append(f"  ... and {len(rows) - MOST:,} more (--json lists all)")
+    if pays > room * MB:
+        lines.append(f"  features_mb: {-(-pays // MB):,} has room for all that pays")
+    return "\n".join(lines)
 
 
 def _evaluation(plan: dict[str, Any]) -> str:

@@ -16,12 +16,14 @@ from datasets_ray import yamlfile
 from datasets_ray.errors import UserError, nearest
 from datasets_ray.schema import option
 from datasets_ray.yamlfile import Node
-from grid.study import SEEDS, Training, _name
+from grid.recipe import SEEDS, Training, _name
 from trainers import switches
 
 SWITCHES = (*switches.SWITCHES, switches.ALL)
 HERE = Path(__file__).resolve().parent.parent / "experiments" / "profiles"
 DEFAULT = "tiny"
+ROWS = 10**12
+"""More than any data set has."""
 
 
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -34,8 +36,17 @@ def _switches(names: list[str]) -> str | None:
     return next((f"no optimisation {n!r}; {nearest(n, SWITCHES)}" for n in names if n not in SWITCHES), None)
 
 
+def _place(name: str) -> str | None:
+    """Of a checkpoint: a path or an id that could be."""
+    return None if name.strip() and name.isprintable() and len(name) < 1024 else "no directory and no hub id"
+
+
 def _three(values: list[float]) -> str | None:
     return None if len(values) == 3 else f"{len(values)} numbers, one per colour channel expected"
+
+
+def _spread(values: list[float]) -> str | None:
+    return _three(values) or (None if min(values) > 0 else f"{min(values)} can't be: pixels are divided by it")
 
 
 @dataclass
@@ -54,7 +65,7 @@ class Image:
         None,
         check=_three,
     )
-    std: list[float] | None = option("of the channels, 0-1; null: as `mean`", None, check=_three)
+    std: list[float] | None = option("of the channels, above 0; null: as `mean`", None, check=_spread)
 
 
 @dataclass
@@ -62,7 +73,7 @@ class Asset:
     """What every model asset may say about its weights."""
 
     config: dict[str, Any] | None = option("architecture: a tiny model's, or `{name: ...}` of a library's", None)
-    checkpoint: str | None = option("directory or hub id of released weights", None)
+    checkpoint: str | None = option("directory or hub id of released weights", None, check=_place)
     revision: str | None = option("revision of the checkpoint", None)
     shape: dict[str, Any] | None = option("architecture numbers of a checkpoint, for the cost estimate only", None)
     trained: list[Training] = option("training stages, one after another, that make the weights", [])
@@ -112,7 +123,7 @@ class Model(Asset):
 class Bridge:
     """A released connector."""
 
-    checkpoint: str | None = option("directory or hub id", None)
+    checkpoint: str | None = option("directory or hub id", None, check=_place)
     revision: str | None = option("revision of the checkpoint", None)
     of: str | None = option("model of this profile with `stand_in`, whose pretraining makes the connector", None)
 
@@ -125,8 +136,12 @@ class Data:
     keys: dict[str, Any] = option("the source's own keys: part, split, rows, seed ...", {})
     revision: str | None = option("which version of the data", None)
     concat: list[str] = option("data sets of this profile, one after another", [])
-    rows: int | None = option("rows, where neither `keys` nor `expect` says how many: for batch arithmetic only", None, unit="rows", low=1)
-    expect: int | None = option("records of the published release; fewer are an error without `allow_subset`", None, unit="records", low=1)
+    rows: int | None = option(
+        "rows, where neither `keys` nor `expect` says how many: for batch arithmetic only", None, unit="rows", low=1, high=ROWS
+    )
+    expect: int | None = option(
+        "records of the published release; fewer are an error without `allow_subset`", None, unit="records", low=1, high=ROWS
+    )
     allow_subset: bool | None = option("whether fewer records than published will do; null: as the profile says", None)
     tokens: float = option("mean text tokens of a row, for the cost estimate only", 32.0, unit="tokens", above=0.0)
     images: float = option("mean images of a row, for the cost estimate only", 1.0, unit="images", low=0.0)
@@ -157,6 +172,12 @@ class Resources:
     object_store_mb: int = option("cap of Ray's object store", 400, unit="MB", low=80)
     cache_mb: int = option("models and decoded images that a worker keeps from stage to stage", 512, unit="MB", low=0)
     pixels_mb: int = option("decoded images kept on each machine's own disk for all arms and runs; 0: none", 4096, unit="MB", low=0)
+    features_mb: int = option(
+        "outputs of frozen encoders kept on each machine's own disk, for the stages for which `grid.plan` says that it pays; 0: none",
+        0,
+        unit="MB",
+        low=0,
+    )
     attempts: int = option("attempts at a stage before its arms fail", 5, low=1)
     trials: int = option("Tune trials alive at once; each only waits", 2, low=1)
     collective_seconds: float = option("longest wait of ranks for each other inside a stage", 1800.0, unit="seconds", above=0.0)
@@ -215,6 +236,8 @@ class Profile:
 
 def choose(name: str | None) -> tuple[Path, str]:
     """(file, why) of the profile asked for: the argument, else FINEGRID_PROFILE, else tiny."""
+    if name == "":
+        raise UserError("--profile is empty", why="a shell variable that isn't set?", hint=f"--profile {DEFAULT}, or no --profile at all")
     wanted, why = (name, "--profile") if name else (os.environ.get("FINEGRID_PROFILE"), "FINEGRID_PROFILE")
     if not wanted:
         wanted, why = DEFAULT, "the default; --profile or FINEGRID_PROFILE chooses another"
@@ -222,7 +245,7 @@ def choose(name: str | None) -> tuple[Path, str]:
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         return path, why
     path = HERE / f"{wanted}.yaml"
-    if not path.is_file():
+    if not yamlfile.is_file(path):
         raise UserError(f"no profile {wanted!r}", why=f"asked for by {why}", hint=nearest(wanted, [p.stem for p in HERE.glob("*.yaml")]))
     return path, why
 
@@ -241,7 +264,7 @@ def tree_of(path: Path, open_: tuple[Path, ...] = ()) -> Node:
         below = path.parent / below
     else:
         below = HERE / f"{name}.yaml"
-        if not below.is_file():
+        if not yamlfile.is_file(below):
             raise UserError(f"base: no profile {name!r}", hint=nearest(name, [p.stem for p in HERE.glob("*.yaml")]), where=named.where)
     opened = (*open_, path.resolve())
     if below.resolve() in opened:

@@ -22,7 +22,7 @@ from grid.display import Display
 from grid.jsonl import read_lines
 from grid.ledger import LedgerCore
 from grid.memory import Meter
-from grid.plan import dump
+from grid.planfile import dump
 from grid.rundir import RunDirectory, writable, write_json
 from grid.settings import Settings
 from grid.summary import render, summarise
@@ -180,6 +180,10 @@ class Session:
 
             most = f"{self.settings.pixels_mb} MB at most (pixels_mb)"
             self.display.say(f"decoded training images are kept in {home()} of each machine, {most}")
+        if any(stage.get("runtime", {}).get("features") for stage in self.plan["stages"]):
+            from datasets_ray.features_cache import home as beside
+
+            self.display.say(f"outputs of frozen encoders are kept in {beside()}, {self.settings.features_mb} MB at most (features_mb)")
 
     def _lane_config(self) -> dict[str, Any]:
         from grid.ledger_actor import NAME, NAMESPACE
@@ -191,7 +195,7 @@ class Session:
             "ledger": NAME, "namespace": NAMESPACE, "store": str(self.store.root), "run": self.directory.id, "epoch": self.directory.epoch,
             "metrics": str(self.out / "metrics"), "backend": "nccl" if settings.device == "cuda" else "gloo", "device": settings.device,
             "data_root": os.path.abspath(root) if root else None, "cwd": os.getcwd(), "cache_mb": settings.cache_mb, "kinds": kinds,
-            "warm": needs(self.plan["stages"]), "pixels_mb": settings.pixels_mb,
+            "warm": needs(self.plan["stages"]), "pixels_mb": settings.pixels_mb, "features_mb": settings.features_mb,
             "collective_seconds": settings.collective_seconds, "grace_seconds": settings.grace_seconds,
         }  # fmt: skip
 

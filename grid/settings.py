@@ -34,6 +34,8 @@ class Settings:
     """Models and decoded images that a worker keeps from stage to stage."""
     pixels_mb: int = 4096
     """Decoded images kept on each machine's disk, for all lanes and runs; 0: none."""
+    features_mb: int = 0
+    """Outputs of frozen encoders kept there, for stages whose runtime asks for it."""
     attempts: int = 5
     trials: int = 2
     """Tune trials alive at once: each is a process that only waits, so few are enough."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from datasets_ray.packing import Batch, Pack
+from trainers.features import Features
 
 NOT_LEARNED = -100
 """Label of a position that isn't learned (the value of `torch.nn.functional.cross_entropy`'s ignore_index)."""
@@ -50,6 +51,8 @@ class TensorPack:
     """int64[N, 3], host: patches in time, height, width of each image."""
     filler_image: bool = False
     """The only image is a filler: no position in `ids` belongs to it, its features are to be dropped after the connector."""
+    features: Features | None = None
+    """Encoder outputs, where they are kept: of all images; `images` and `grids` are then of those still to be encoded."""
 
     @property
     def tokens(self) -> int:
@@ -139,4 +142,6 @@ def _pack(pack: Pack, device: str, filler: Filler | None, same_modules: bool, mo
     if len(images):
         made["images"] = [move(i) for i in images] if isinstance(images, list) else move(images)
         made["grids"] = torch.from_numpy(grids)
+    if pack.features is not None and len(pack.features.values):
+        made["features"] = Features.of(pack.features, move)
     return TensorPack(**made)

@@ -21,8 +21,11 @@ SWITCHES: dict[str, str] = {
     "images": "packs of text alone pass by a frozen encoder; off: it reads a black image, whose tokens are dropped",
     "lean": "gradients of norms and rotations written out; off: as autograd finds them",
     "layers": "on a CPU, layers as one function each (needs `lean` and `segments`); off: as the library's modules",
+    "products": "attention of short segments in them by matrix products; off: by torch's fused kernel",
     "fused": "AdamW as one fused kernel; off: tensor by tensor",
     "pixels": "decoded images kept on disk (`pixels_mb`); off: decoded again by every stage",
+    "features": "outputs of frozen encoders kept on disk where it pays (`features_mb`); off: images are encoded by every stage",
+    "offsets": "questions are tokenised without offsets, and what they begin with once; off: as rows that are learned from",
     "prefixes": "what questions of a batch have in common is read once; off: every question from its beginning",
 }
 """Name → what it does, and what is done without it."""

@@ -25,7 +25,7 @@ from datasets_ray.encoding import Encoding, Stats
 from datasets_ray.errors import UserError, nearest
 from datasets_ray.images import ImageRecipe
 from datasets_ray.pipeline import index_of, train_batches
-from trainers import adapters, checkpoint, models, optim, switches
+from trainers import adapters, checkpoint, features, models, optim, switches
 from trainers.batch import Filler, to_device
 from trainers.checkpoint import Checkpoint, Progress
 from trainers.context import Context, Interrupted
@@ -115,18 +115,20 @@ class Training:
         self.before = Stats.from_json(self.progress.data) if self.progress.data else Stats()
         if saved:
             self.notes += [f"went on from step {self.progress.step}", *(f"torn checkpoint {torn}" for torn in saved.passed_over)]
+        known, model = None, None
+        if (why := features.why_not(spec, ctx, encoding.image)) is None:
+            model = self.build(saved)  # whose features are found decides which pixels are read
+            known = features.store_of(model, ctx)
+            why = "features aren't kept: the encoder doesn't answer alike twice" if known is None else None
+        self.notes += [why] if why else []
         self.stream = train_batches(
             directories, encoding, index, self.progress.step, ctx.rank, ctx.world,
             ctx.runtime.get("micro_tokens", 4096) if switches.on("packs") else 1,
-            name=ctx.stage.get("name", "train"), store=ctx.pixels if switches.on("pixels") else None,
+            name=ctx.stage.get("name", "train"), store=ctx.pixels if switches.on("pixels") else None, features=known,
         )  # fmt: skip
         with self.stream:
-            with self.timed("model"):
-                torch.manual_seed(spec["seed"])
-                model = models.build(spec["model"], ctx)
-                adapters.attach(model, spec.get("adapters"), spec["seed"])
-                if saved:
-                    saved.load_weights(model)
+            if model is None:
+                model = self.build(saved)
             for phase in phases:
                 if phase.last > self.progress.step:
                     self.train_phase(phase, model, objective, saved)
@@ -135,6 +137,16 @@ class Training:
         with self.timed("export"):
             files = self.export(model, [part for part in model.parts if any(part in phase.learning_rates for phase in phases)])
         return self.summary(files)
+
+    def build(self, saved: Checkpoint | None) -> Any:
+        """The model as it starts, or as it was saved."""
+        with self.timed("model"):
+            torch.manual_seed(self.spec["seed"])
+            model = models.build(self.spec["model"], self.ctx)
+            adapters.attach(model, self.spec.get("adapters"), self.spec["seed"])
+            if saved:
+                saved.load_weights(model)
+        return model
 
     def stats(self) -> Stats:
         """What has happened to the rows, over all attempts."""
@@ -259,7 +271,8 @@ class Training:
         return {
             "steps": progress.step, "samples": progress.samples, "tokens": progress.tokens, "valid_tokens": progress.valid_tokens,
             "loss": {"first": progress.losses[0], "last": progress.losses[-1], "last_tenth": sum(tail) / len(tail)},
-            "data": stats.to_json(), "pixels": self.stream.pixels.to_json() if self.stream.pixels else None, "frozen": self.freeze,
+            "data": stats.to_json(), "frozen": self.freeze,
+            **{name: found.to_json() if (found := getattr(self.stream, name)) else None for name in ("pixels", "features")},
             "seconds": {**self.seconds, "waiting": self.stream.waited},
             "compute": self.meter.compute(), "sha256": files, "notes": self.notes,
         }  # fmt: skip

@@ -48,6 +48,25 @@ def test_crop_is_clip_image_processor(width, height):
     assert np.array_equal(ours, theirs.astype(np.uint8))
 
 
+def test_crop_is_a_resize_and_a_crop_whatever_is_left_out():
+    """Columns that are cropped aren't resized: byte for byte what resizing all of them gives."""
+    rng = np.random.default_rng(0)
+    for size in (1, 16, 32, 70):
+        for width, height in [*SIZES, *rng.integers(2, 150, (12, 2)).tolist()]:
+            other = int(size * max(width, height) / min(width, height))
+            wide, high = (size, other) if width <= height else (other, size)
+            whole = noise(width, height).resize((wide, high), Image.Resampling.BICUBIC)
+            left, top = (wide - size) // 2, (high - size) // 2
+            expected = np.asarray(whole.crop((left, top, left + size, top + size)))
+            assert np.array_equal(SquareRecipe(size=size, patch=1).fit(noise(width, height)), expected), (size, width, height)
+
+
+def test_a_jpeg_is_decoded_as_it_is_converted():
+    data = encoded(noise(33, 20), "JPEG")
+    expected = np.asarray(Image.open(io.BytesIO(data["bytes"])).convert("RGB"))
+    assert np.array_equal(np.asarray(decode(data)), expected)
+
+
 @pytest.mark.parametrize(("width", "height"), [s for s in SIZES if s[0] != s[1]])
 def test_pad_keeps_the_whole_image_on_the_mean_colour(width, height):
     side = max(width, height)
@@ -108,9 +127,14 @@ def test_what_cannot_be_used_says_why(tmp_path: Path, monkeypatch):
     (tmp_path / "root" / "link.png").symlink_to(tmp_path / "outside.png")
     root = tmp_path / "root"
     assert decode({"bytes": None, "path": "inside.png"}, root).size == (8, 8)
+    (tmp_path / "linked").symlink_to(root)
+    assert decode({"bytes": None, "path": "inside.png"}, tmp_path / "linked").size == (8, 8)
+    (tmp_path / "root-2").mkdir()
+    noise(8, 8).save(tmp_path / "root-2" / "inside.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
     reasons = {
-        "image outside its root": ["../outside.png", "link.png", str(tmp_path / "outside.png")],
-        "image missing": ["no.png", "", None],
+        "image outside its root": ["../outside.png", "link.png", str(tmp_path / "outside.png"), "../root-2/inside.png"],
+        "image missing": ["no.png", "", None, "loop.png", "null\0.png", "."],
     }
     for reason, paths in reasons.items():
         for path in paths:

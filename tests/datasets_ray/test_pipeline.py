@@ -283,6 +283,22 @@ def test_ray_data_gives_what_the_plain_loop_gives(directories, tmp_path, request
     assert not early._thread.is_alive()
 
 
+@pytest.mark.parametrize("step_bytes", [1, 100 << 10, 1 << 20, 5 << 20, 100 << 20])
+def test_tasks_are_small_at_both_ends_and_few(step_bytes):
+    for steps in (1, 2, 5, 48, 700, 5198):
+        sizes = streaming._sizes(steps, step_bytes, 2)
+        assert sum(sizes) == steps
+        assert min(sizes) >= 1
+        small = max(1, min(streaming.MOST_STEPS, streaming.TASK_BYTES // step_bytes))
+        assert sizes[0] == min(small, steps)
+        assert sizes[-1] <= small
+        assert max(sizes) <= max(small, streaming.LARGE_BYTES // step_bytes, -(-steps // streaming.BLOCKS))
+        assert len(sizes) <= 1.5 * streaming.BLOCKS
+        grown = sizes[: sizes.index(max(sizes)) + 1]
+        assert grown == sorted(grown)
+        assert sizes[len(grown) :] == sorted(sizes[len(grown) :], reverse=True)
+
+
 def test_a_thread_helps_while_ray_data_is_behind(monkeypatch):
     """Whoever is first with a step, each comes once and in order; an error of either side reaches the consumer."""
     steps = [np.full(1, number) for number in range(40)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from datasets_ray import diskcache, fitted, pipeline, pixels_cache, streaming
 from datasets_ray.encoding import Place
@@ -136,6 +137,42 @@ def test_a_photograph_that_was_replaced_is_decoded_again(directories, store):
     again = collect(directories, SQUARE, store)
     assert same_steps(again[0], plain)
     assert again[2] == counted(found=IMAGES - 1, made=1)
+
+
+@pytest.mark.parametrize("image", [SQUARE, NATIVE], ids=["square", "native"])
+@pytest.mark.parametrize("most", [64, 2])
+def test_an_image_is_opened_once_and_every_file_is_closed(directories, store, image, most, monkeypatch):
+    opened = []
+    whole = Image.open
+
+    def counted(source):
+        opened.append(whole(source))
+        return opened[-1]
+
+    monkeypatch.setattr(fitted, "HEADERS", most)
+    monkeypatch.setattr(Image, "open", counted)
+    for where in (None, store):
+        steps = collect(directories, image, where)[0]
+        assert len(opened) == IMAGES if most > 8 else IMAGES < len(opened) < 2 * IMAGES
+        assert all(one.fp is None or one.fp.closed for one in opened)
+        opened.clear()
+    assert same_steps(collect(directories, image)[0], steps)
+
+
+def test_what_changes_between_header_and_pixels_is_decoded_again(directories, store, tmp_path):
+    place, recipe = Place(str(directories[1]), 1), recipe_from_json(SQUARE)
+    old = fitted.fresh(place, recipe)
+    with fitted.Headers(recipe, store) as headers:
+        assert headers.size(place, {"bytes": None, "path": "1.png"}) == Image.open(tmp_path / "photos" / "1.png").size
+        (tmp_path / "new.png").write_bytes(picture(123)["bytes"])
+        os.replace(tmp_path / "new.png", tmp_path / "photos" / "1.png")
+        slot = fitted.image_of(place, recipe, store, True, headers.take(place))
+    assert isinstance(slot, Slot)
+    assert np.array_equal(fitted.read(slot, recipe, store)[0], old)  # of the file that was opened, and kept as that file's
+    new = fitted.fresh(place, recipe)
+    assert not np.array_equal(new, old)
+    assert cache(directories[1], store).find(place) is None
+    assert np.array_equal(fitted.read(fitted.image_of(place, recipe, store, True), recipe, store)[0], new)
 
 
 def test_a_writer_killed_half_way_leaves_nothing_that_is_read(directories, store, monkeypatch):

@@ -59,7 +59,9 @@ class Vlm(TextModel):
     def embed(self, pack: Any) -> Tensor:
         """Text embeddings with the placeholders' rows replaced by image tokens: float[T, D]."""
         text = self.llm.get_input_embeddings()(pack.ids.clamp(min=0))  # placeholders are negative ids; their rows are replaced
-        images = self.embed_images(pack.images).flatten(0, 1)
+        known = getattr(pack, "features", None)
+        images = self.embed_images(pack.images) if known is None else self.parts["connector"](known.whole(self.encoder, pack.images))
+        images = images.flatten(0, 1)
         return replace_placeholders(text, images, pack)
 
     def embed_images(self, images: Tensor | None) -> Tensor:

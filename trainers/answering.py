@@ -9,6 +9,7 @@ The next batch's images are decoded meanwhile: by Ray Data where a set is large,
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +24,12 @@ from datasets_ray import streaming
 from datasets_ray.answers import LETTERS
 from datasets_ray.encoding import Stats
 from datasets_ray.images import ImageError, ImageRecipe
-from datasets_ray.packing import Batch, Pack
+from datasets_ray.packing import Pack
 from datasets_ray.questions import KEPT_BYTES, Pixels, Prompts, question_pack
 from datasets_ray.rows import RowTable, open_rows
 from datasets_ray.tokens import end_id, load_tokenizer
 from trainers import first_token
-from trainers.batch import TensorPack, to_device
+from trainers.batch import TensorPack
 from trainers.context import Context
 from trainers.generate import Generated, greedy
 from trainers.likelihood import FORMS, Sayings, Scored, continued
@@ -37,7 +38,7 @@ from trainers.prefixes import Images, cut, images_of, key_of, pack_spans, tree
 
 METHODS = ("generate", "first_token", "likelihood")
 SMALLEST_BATCH = 64
-DECODING_THREADS = 4
+DECODING_THREADS = min(4, len(os.sched_getaffinity(0)))
 STREAMED_ROWS = 2048
 """A set of so many rows whose pixels aren't kept is decoded by Ray Data. It takes 0.4 s to hand on its first batch (two cores, LLaVA's 336
 pixels at 2 ms an image), too much beside the seconds of a smaller set."""
@@ -226,7 +227,16 @@ class Answerer(Chunked):
         return (greedy(self.model, state, self.end, self.limit, [0] if watched else [])[0] if self.generates else None), scored
 
     def _tensors(self, pack: Pack) -> TensorPack:
-        return to_device(Batch({"text": pack}, len(pack.lengths), 0), self.device).streams["text"]
+        """On the device, without what only training asks for: labels and what is learned of them."""
+        ids, positions, slots = (torch.from_numpy(one).to(self.device) for one in (pack.ids, pack.positions, pack.image_slots))
+        images: Any = None
+        if len(pack.images):
+            images = [torch.from_numpy(one) for one in pack.images] if isinstance(pack.images, list) else torch.from_numpy(pack.images)
+            images = [one.to(self.device) for one in images] if isinstance(images, list) else images.to(self.device)
+        return TensorPack(
+            segments=len(pack.lengths), sample=torch.from_numpy(pack.sample), lengths=torch.from_numpy(pack.lengths), ids=ids,
+            positions=positions, image_slots=slots, images=images, grids=torch.from_numpy(pack.grids) if len(pack.images) else None,
+        )  # fmt: skip
 
     def _scored(self, state: Any, rows: list[int]) -> list[list[Scored]]:
         """Each row's options in both forms; nothing where likelihoods aren't asked for."""
@@ -282,7 +292,7 @@ class Answerer(Chunked):
             task = ShowTask(str(self.questions.rows.directory), pixels.recipe)
             return _streamed(batches, streaming.Stream(task, [np.array(batch) for batch in batches], name="questions"))
         pool = ThreadPoolExecutor(DECODING_THREADS)
-        return decoded_ahead(batches, pool, lambda batch: [pool.submit(show, pixels, row) for row in batch])
+        return decoded_ahead(batches, pool, lambda row: show(pixels, row))
 
 
 def _streamed(batches: list[list[int]], stream: streaming.Stream[list[Shown]]) -> Generator[tuple[list[int], list[Shown]]]:
@@ -290,15 +300,20 @@ def _streamed(batches: list[list[int]], stream: streaming.Stream[list[Shown]]) -
         yield from zip(batches, stream)
 
 
-def decoded_ahead(
-    batches: list[list[int]], pool: ThreadPoolExecutor, start: Callable[[list[int]], list[Future[Shown]]]
-) -> Generator[tuple[list[int], list[Shown]]]:
+def decoded_ahead(batches: list[list[int]], pool: ThreadPoolExecutor, show: Callable[[int], Any]) -> Generator[tuple[list[int], list[Any]]]:
+    """Each batch with what `show` makes of its rows; the next one's is made meanwhile, by a task a thread: a task a row would wait for the
+    interpreter at each."""
+
+    def start(batch: list[int]) -> list[Future[list[Any]]]:
+        size = -(-len(batch) // DECODING_THREADS)
+        return [pool.submit(lambda rows: [show(row) for row in rows], batch[at : at + size]) for at in range(0, len(batch), size)]
+
     with pool:
         ahead = start(batches[0]) if batches else []
         for number, batch in enumerate(batches):
-            images = [future.result() for future in ahead]
+            shown = [one for future in ahead for one in future.result()]
             ahead = start(batches[number + 1]) if number + 1 < len(batches) else []
-            yield batch, images
+            yield batch, shown
 
 
 def methods_of(spec: dict[str, Any]) -> list[str]:

@@ -125,8 +125,7 @@ class Answerer(Chunked):
         self._pad = _mean_colour(self.processor) if self.rule["square"] == "pad" else None
         pool = ThreadPoolExecutor(DECODING_THREADS)
         batches = [batch for chunk in chunks for batch in self._batches(chunk)]
-        show: Any = self._shown
-        self._ahead = decoded_ahead(batches, pool, lambda batch: [pool.submit(show, row) for row in batch])
+        self._ahead = decoded_ahead(batches, pool, self._shown)
         self.model = load_model(spec["model"], None, spec["precision"], ctx).parts["model"].to(TYPES[spec["precision"]])
         self.ends = self._settle(int(spec["max_new_tokens"]))
         self.options = questions.rows.column("options")

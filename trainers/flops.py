@@ -6,9 +6,9 @@ Counted (Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022, appendix B): a 
 row that meets it; 2n more for its own gradient if it learns; 2n more for its input's gradient if anything before it learns. Attention over
 a segment of L tokens costs 4 L² width a layer, half of it where it is causal, and twice that again where a gradient passes. Segments,
 images and learned positions are the batch's own: no padding, no fillers, no logits at positions that nobody learns, nor what is left out
-for them behind the last attention (`trainers.models.written_out`). Not counted: biases,
-norms, activations, softmax, what an objective does with representations, and whatever is computed a second time (activation
-checkpointing, chunked losses, a first pass for gathered losses). So the rate that follows is the model's, not the hardware's.
+for them in the last layer (`trainers.models.written_out`). Not counted: biases, norms, activations, softmax, what an objective does with
+representations, and whatever is computed a second time (activation checkpointing, chunked losses, a first pass for gathered losses). So
+the rate that follows is the model's, not the hardware's.
 """
 
 from __future__ import annotations
@@ -139,12 +139,12 @@ def _walk(
 
 
 def _asked(model: Any) -> list[nn.Module]:
-    """Maps of the language model that run for learned positions only: those behind the last attention, where layers are written out."""
+    """Maps of the language model that run for learned positions only: the last layer's but its keys' and values', where written out."""
     base: Any = getattr(model.parts["llm"], "base_model", None)
     if not written_out.takes(base, model.parts["llm"].get_input_embeddings().weight):
         return []
     last = base.layers[base.config.num_hidden_layers - 1]
-    return [last.self_attn.o_proj, last.mlp.gate_proj, last.mlp.up_proj, last.mlp.down_proj]
+    return [last.self_attn.q_proj, last.self_attn.o_proj, last.mlp.gate_proj, last.mlp.up_proj, last.mlp.down_proj]
 
 
 def _attention_width(module: nn.Module) -> int:

@@ -36,9 +36,12 @@ def greedy(model: Any, state: Any, end: int, max_new_tokens: int, watch: Collect
     answers = [Generated() for _ in range(len(state))]
     alive = list(range(len(answers)))
     for made in range(1, max_new_tokens + 1):
-        ids = state.logits.argmax(-1)
-        two = state.logits.topk(2, -1).values.float()
-        tokens, gaps = ids.tolist(), (two[:, 0] - two[:, 1]).tolist()
+        two, places = state.logits.topk(2, -1)
+        two, ids = two.float(), places[:, 0]
+        apart = two[:, 0] - two[:, 1]
+        if not bool((apart > 0).all()):  # of equal ones the first, which topk doesn't promise
+            ids = state.logits.argmax(-1)
+        tokens, gaps = ids.tolist(), apart.tolist()
         for at, (prompt, token) in enumerate(zip(alive, tokens)):
             one = answers[prompt]
             one.gap = min(one.gap, gaps[at])

@@ -63,7 +63,7 @@ def load_questions(spec: dict[str, Any], ctx: Context) -> Questions:
     listed = bool(spec.get("listed", True))
     prompts = ctx.cache.get(
         f"prompts:{identity([spec['questions'], tokenizer, template, image, suffix, listed])}",
-        lambda: prepare(rows, tokenizer, template, recipe, suffix, listed),
+        lambda: prepare(rows, tokenizer, template, recipe, suffix, listed, masks=not switches.on("offsets")),
         lambda made: made.nbytes,
     )
     pixels = ctx.cache.get(f"pixels:{identity([spec['questions'], image])}", lambda: Pixels(rows, recipe), lambda made: made.most_bytes)

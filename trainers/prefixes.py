@@ -16,12 +16,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import pyarrow.compute as pc
 
-from datasets_ray.images import ImageRecipe
+from datasets_ray.images import ImageLayout, ImageRecipe
 from datasets_ray.packing import Pack, Segment, pack
 from datasets_ray.questions import Prompts
 from datasets_ray.rows import RowTable
@@ -105,6 +106,9 @@ def key_of(prompts: Prompts, row: int, images: Images) -> np.ndarray:
     one = prompts.encoded[row]
     assert one is not None, "this row can't be asked"
     key = one.ids.copy()
+    if len(images) == 1:  # nearly all of them, so without arrays
+        key[one.image_slots] = IMAGE_ID - 1 - images[0]
+        return key
     key[one.image_slots] = np.repeat(IMAGE_ID - 1 - np.array(images, dtype=np.int64), [layout.tokens for layout in prompts.layouts[row]])
     return key
 
@@ -176,19 +180,24 @@ def pack_spans(
     spans: Sequence[Span], prompts: Prompts, rows: Sequence[int], images: Sequence[Sequence[np.ndarray]], recipe: ImageRecipe | None
 ) -> Pack:
     """A level's spans end to end. rows: the batch's row numbers; images: each one's own, decoded."""
-    segments = []
+    segments, unlearned = [], np.full(max(span.end - span.start for span in spans), IGNORE, dtype=np.int64)
     for span in spans:
         one = prompts.encoded[rows[span.row]]
         assert one is not None, "this row can't be asked"
         ids, shown = one.ids[span.start : span.end], images_of(span, prompts, rows[span.row])
-        layouts = [prompts.layouts[rows[span.row]][number] for number in shown]
-        grids = np.array([[1, layout.grid_h, layout.grid_w] for layout in layouts], dtype=np.int64).reshape(-1, 3)
+        grids = _grids(tuple(prompts.layouts[rows[span.row]][number] for number in shown))
         pixels = tuple(images[span.row][number] for number in shown)
-        segments.append(Segment(ids, np.full(len(ids), IGNORE, dtype=np.int64), pixels, grids, len(ids)))
+        segments.append(Segment(ids, unlearned[: len(ids)], pixels, grids, len(ids)))
     shape = None
     if recipe is not None and recipe.uniform:
         shape = next((image.shape[:2] for segment in segments for image in segment.images), (0, 0))  # type: ignore[attr-defined]
     return pack(segments, range(len(segments)), shape)
+
+
+@lru_cache(maxsize=1024)
+def _grids(layouts: tuple[ImageLayout, ...]) -> np.ndarray:
+    """int64[N, 3], of a row's images; nearly always the same."""
+    return np.array([[1, layout.grid_h, layout.grid_w] for layout in layouts], dtype=np.int64).reshape(-1, 3)
 
 
 def images_of(span: Span, prompts: Prompts, row: int) -> list[int]:

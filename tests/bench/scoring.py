@@ -2,6 +2,7 @@
 
 One trained model, exported for the peers: the tiny profile's Qwen2 (96 wide, 2 layers) behind a small CLIP, taught for some seconds to
 answer with letters. The same questions, each about an image of its own; the same answers, compared. One thread; models are loaded before.
+As many questions as the smallest real sets have: a stage's fixed costs (four rows answered alone for the threshold, files) weigh as there.
 
     generate     greedy `LlavaForConditionalGeneration.generate`, one question at a time (VLMEvalKit's way)   against our first_token
     options      one full forward pass an option, log-probability of its letter (lmms-eval's way)             against our likelihood
@@ -22,7 +23,7 @@ from typing import Any
 from tests.bench.figure import Figure, in_turn, ratios
 from tests.bench.side import Side
 
-QUESTIONS = 384
+QUESTIONS = 1024
 STEPS = 150
 LIMIT = 8
 LLM = {

@@ -191,6 +191,25 @@ def test_characters_of_the_private_plane_are_refused_and_counted():
     assert "plane 16" in results[0].reason
 
 
+@pytest.mark.parametrize(("template", "name"), [pair for pair in PAIRS if pair[0] != "plain"])
+def test_where_nothing_is_learned_no_offsets_are_needed(template, name):
+    """Questions of all shapes in one batch, several with the same beginning: the same ids and images with masks and without."""
+    tokenizer, asked, images = tokenizer_of(name), [], []
+    for shape, turns in [*ROWS.items(), *ROWS.items()]:
+        question, shown = {"messages": made(turns)["messages"][:1]}, pictures(shape)[0]
+        asked.append(render(question, template, bos=tokenizer.bos_token or "", eos=tokenizer.eos_token, images=shown))
+        images.append([5, 2][:shown])
+    images[-1] = [*images[-1], 3]  # one image more than there are places
+    wanted, found = (encode_many(asked, tokenizer, images, 1 << 20, masks=masks) for masks in (True, False))
+    assert isinstance(wanted[-1], RowError) and isinstance(found[-1], RowError) and wanted[-1].reason == found[-1].reason
+    for one, other in zip(wanted[:-1], found[:-1], strict=True):
+        assert np.array_equal(one.ids, other.ids) and np.array_equal(one.image_slots, other.image_slots)
+        assert np.array_equal(one.labels, other.labels) and (other.labels == IGNORE).all()
+    assert sum(len(one.image_slots) > 0 for one in found[:-1]) > 4
+    with pytest.raises(AssertionError, match="a mask is needed"):
+        encode_many([rendered_with(template, name, "many turns")[0]], tokenizer, [[]], 99, masks=False)
+
+
 def test_a_token_never_reaches_from_the_template_into_an_answer():
     """Qwen2 has a token of two newlines: one of them the template's, the other the answer's."""
     tokenizer = load_tokenizer("tiny-qwen2")

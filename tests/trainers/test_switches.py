@@ -18,7 +18,7 @@ from tests.trainers import training_kit as kit
 from trainers import models, predict, switches, train
 from trainers.batch import to_device
 from trainers.context import Context
-from trainers.models import attention, lean, written_out
+from trainers.models import attention, lean, short_attention, written_out
 from trainers.objectives import next_token
 from trainers.objectives.next_token import NextToken
 
@@ -27,6 +27,7 @@ WITNESSES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "logits": (next_token, "token_loss_sum", ()),
     "lean": (lean, "_rotate", ("layers",)),
     "layers": (written_out, "run", ()),
+    "products": (short_attention, "_scores", ()),
 }
 """Switch → what runs only with the optimisation, as (where, name), and what has to be off for it to be seen."""
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import switches
 from trainers.batch import TensorBatch, TensorPack
 from trainers.flops import Flops
-from trainers.models import layer, written_out
+from trainers.models import layer, reading, written_out
 from trainers.models.language import CausalLM, causal_lm
 from trainers.objectives.next_token import NextToken
 
@@ -23,12 +23,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "no groups": {"model_type": "llama", "num_key_value_heads": 4},
     "scaled angles": {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
 }  # fmt: skip
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def model_of(kind: str) -> CausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    llm = causal_lm({**shape, "vocab_size": 50, "max_position_embeddings": 512, **KINDS.get(kind, {"model_type": kind})})
+    llm = causal_lm({**SHAPE, "vocab_size": 50, "max_position_embeddings": 512, **KINDS.get(kind, {"model_type": kind})})
     for parameter in llm.parameters():
         nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.15)
     return CausalLM({"llm": llm})
@@ -77,6 +77,27 @@ def test_states_and_gradients_are_the_modules(kind: str, monkeypatch: pytest.Mon
                 torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5 * max(scale, 1e-3), msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_micro_batches_one_after_the_other_share_memory_and_nothing_else() -> None:
+    model, rows = model_of("biases").train(), torch.arange(0, sum(LENGTHS), 7)
+    packs = [pack_of(lengths) for lengths in (LENGTHS, [30, 8], [200, 210, 9])]
+    found = {}
+    for on in (False, True):
+        model.zero_grad()
+        with switched(on):
+            for pack in (*packs, *packs):
+                states = model.hidden(pack, rows[rows < int(pack.lengths.sum())])
+                states.square().sum().backward()
+        found[on] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    space = written_out.SPACES[model.llm.base_model]
+    assert space.free and not any(p.data_ptr() == b.data_ptr() for p in model.parameters() for b in space.free)
+    for name, value in found[False].items():
+        torch.testing.assert_close(found[True][name], value, rtol=0, atol=2e-5 * float(value.abs().max()))
+    loss = model.hidden(packs[0], rows).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="second backward pass"):
+        loss.backward()
+
+
 def test_what_is_frozen_gets_no_gradient_and_passes_it_on() -> None:
     model, rows = model_of("biases").train(), torch.arange(0, sum(LENGTHS), 3)
     for name, parameter in model.named_parameters():
@@ -112,6 +133,81 @@ def test_reading_going_on_and_generating_are_the_modules(kind: str) -> None:
         logits[on] = made
     for mine, known in zip(logits[True], logits[False], strict=True):
         torch.testing.assert_close(mine, known, rtol=1e-4, atol=2e-5)
+
+
+def going_on(model: CausalLM, off: list[str], repeats: int = 1) -> list[Tensor]:
+    """Logits of prompts that follow one beginning, in runs of equal length, and of what is generated behind them."""
+    with switches.without(off):
+        first = model.start(pack_of([11]))
+        state = model.extend(first, torch.zeros(7 * repeats, dtype=torch.long), pack_of([9, 9, 9, 4, 1, 1, 30] * repeats))
+        made = [state.logits, model.step(state, torch.arange(7 * repeats))]
+        state.select(torch.tensor([0, 3, 6]))
+        return [*made, model.step(state, torch.tensor([3, 2, 1]))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_that_begin_alike_go_on_as_the_modules(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(kind).eval()
+    wanted = going_on(model, ["layers"])
+    seen: list[Any] = []
+    monkeypatch.setattr(reading, "attend", lambda *given, real=reading.attend: seen.append(given) or real(*given))
+    ways: list[tuple[str, Any]] = [("SAFE", (1e30, 1e31)), ("MOST_SCORES", 300), ("MOST_SCORES", 4), ("NUMBERS", 1), ("MOST_PREPARED", 10)]
+    found = [going_on(model, []), going_on(model, ["products"])]
+    assert len(seen) == 2 * 2 * 2, "the first two of three layers, of the beginning and of what follows"
+    for name, value in ways:
+        with monkeypatch.context() as changed:
+            changed.setattr(reading, name, value)
+            found.append(going_on(model, []))
+    for made in found:
+        for mine, known in zip(made, wanted, strict=True):
+            torch.testing.assert_close(mine, known, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+def test_scores_of_any_size_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials leave fp32's range at 88: such rows are read again with their maximum taken away."""
+    model = model_of("biases").eval()
+    for layer_ in model.llm.base_model.layers:
+        layer_.self_attn.k_proj.bias.mul_(400)
+        layer_.self_attn.q_proj.bias.mul_(4)
+    for mine, known in zip(going_on(model, []), going_on(model, ["layers"]), strict=True):
+        assert bool(mine.isfinite().all())
+        torch.testing.assert_close(mine, known, rtol=1e-3, atol=2e-3)
+    plain = torch.randn(4, 6, 8) * 100
+    assert not bool(torch.bmm(plain, plain.transpose(1, 2)).exp().sum(-1).isfinite().all())
+    found = reading._seen(plain, plain, plain, 2, 4 + 2 - 2)
+    assert bool(found.isfinite().all())
+
+
+@torch.no_grad()
+def test_maps_are_joined_again_when_a_weight_has_changed() -> None:
+    model = model_of("biases").eval()
+    before = going_on(model, [])
+    made = reading.JOINED[model.llm.base_model]
+    going_on(model, [])
+    assert reading.JOINED[model.llm.base_model] is made, "once"
+    model.llm.base_model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    after = going_on(model, [])
+    assert (after[0] - before[0]).abs().max() > 1e-2
+    for mine, known in zip(after, going_on(model, ["layers"]), strict=True):
+        torch.testing.assert_close(mine, known, rtol=1e-4, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "yarn"])
+def test_angles_are_looked_up_where_a_position_has_one(kind: str) -> None:
+    angles = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    llm = causal_lm({**SHAPE, "vocab_size": 50, "max_position_embeddings": 64, "model_type": "llama", "rope_parameters": angles})
+    model = CausalLM({"llm": llm}).eval()
+    logits = []
+    for off in ([], ["layers"]):
+        with switches.without(off):
+            state = model.start(pack_of([40, 600]))  # longer than the table's first 512, and than the model was made for
+            logits.append([state.logits, model.step(state, torch.tensor([1, 2])), model.start(pack_of([7])).logits])
+    for mine, known in zip(*logits, strict=True):
+        torch.testing.assert_close(mine, known, rtol=1e-4, atol=2e-5)
+    assert (model.llm.base_model in reading.TURNS) == (kind == "yarn")
 
 
 def test_only_what_is_reproduced_is_taken_over() -> None:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,15 @@ ROOM = 16
 """Columns added whenever a batch of keys and values is full."""
 
 
+class Run(NamedTuple):
+    """Neighbours in a pack that have one length: prompts [first, first + prompts), their tokens from `start` on."""
+
+    first: int
+    prompts: int
+    start: int
+    length: int
+
+
 class Placement:
     """Where the tokens of a pack go: segment b is new columns of prompt rows[b], after those of earlier segments of the same prompt.
 
@@ -30,20 +41,58 @@ class Placement:
     """
 
     def __init__(self, rows: Sequence[int], lengths: Sequence[int], prompts: int, device: torch.device | str) -> None:
-        used, begins = [0] * prompts, []
-        for prompt, length in zip(rows, lengths):
-            begins.append(used[prompt])
+        self.rows, self.lengths, self.prompts, self.device = list(rows), list(lengths), prompts, device
+        used = [0] * prompts
+        self._begins = []
+        for prompt, length in zip(self.rows, self.lengths):
+            self._begins.append(used[prompt])
             used[prompt] += length
         self.width = max(used)
-        size, row = np.array(list(lengths), dtype=np.int64), np.array(list(rows), dtype=np.int64)
-        first = row * self.width + np.array(begins, dtype=np.int64)  # of each segment's slots
+
+    @cached_property
+    def runs(self) -> list[Run] | None:
+        """The pack's segments by length; None where a segment isn't a prompt of its own, in the prompts' order."""
+        if self.rows != list(range(self.prompts)):
+            return None
+        found, first, start = [], 0, 0
+        for length, same in groupby(self.lengths):
+            count = len(list(same))
+            found.append(Run(first, count, start, length))
+            first, start = first + count, start + count * length
+        return found
+
+    @cached_property
+    def filled(self) -> Tensor:
+        """bool[S, L]: new columns that hold a token."""
+        if self.runs is None:
+            return self.owner >= 0
+        return torch.arange(self.width, device=self.device) < torch.tensor(self.lengths, device=self.device)[:, None]
+
+    @cached_property
+    def _plan(self) -> tuple[Tensor, Tensor, Tensor]:
+        size, row = np.array(self.lengths, dtype=np.int64), np.array(self.rows, dtype=np.int64)
+        first = row * self.width + np.array(self._begins, dtype=np.int64)  # of each segment's slots
         slot = np.arange(size.sum()) + np.repeat(first - (size.cumsum() - size), size)
         # A column that holds nothing repeats token 0: finite, masked, never restored.
-        index, owner = np.zeros(prompts * self.width, dtype=np.int64), np.full(prompts * self.width, -1, dtype=np.int64)
+        index, owner = np.zeros(self.prompts * self.width, dtype=np.int64), np.full(self.prompts * self.width, -1, dtype=np.int64)
         index[slot], owner[slot] = np.arange(len(slot)), np.repeat(np.arange(len(size)), size)
-        self.index, self.slot = torch.from_numpy(index).to(device), torch.from_numpy(slot).to(device)
-        self.owner = torch.from_numpy(owner).view(prompts, self.width).to(device)
+        made = (torch.from_numpy(one).to(self.device) for one in (index, slot, owner.reshape(self.prompts, self.width)))
+        return tuple(made)  # type: ignore[return-value]
+
+    @property
+    def index(self) -> Tensor:
+        """int64[S * L]: the token that each new column holds."""
+        return self._plan[0]
+
+    @property
+    def slot(self) -> Tensor:
+        """int64[T]: the new column of each token."""
+        return self._plan[1]
+
+    @property
+    def owner(self) -> Tensor:
         """int64[S, L]: the segment that each new column belongs to, -1 where there is none."""
+        return self._plan[2]
 
     def spread(self, packed: Tensor) -> Tensor:
         """float[1, G, T, d] → float[S, G, L, d]."""
@@ -82,17 +131,38 @@ class KeyValues:
             return key, value
         return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
 
+    @property
+    def runs(self) -> list[Run] | None:
+        """The new tokens by length, where each prompt's follow its others without a gap, so that no mask is needed (`place`)."""
+        return None if self.new is None or not bool(self.visible.all()) else self.new.runs
+
+    def place(self, key: Tensor, value: Tensor, groups: int, layer_idx: int, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+        """`update` with `runs`, key and value float[T, groups * d]; returns all columns: those that hold nothing are zero."""
+        assert self.new is not None
+        end = self.width + self.new.width
+        for store, packed in ((self.keys, key), (self.values, value)):
+            heads = packed.unflatten(1, (groups, -1))
+            if layer_idx == len(store):
+                store.append(packed.new_zeros(self.new.prompts, heads.shape[1], end + ROOM, heads.shape[2]))
+            elif store[layer_idx].shape[2] < end:
+                store[layer_idx] = F.pad(store[layer_idx], (0, 0, 0, end + ROOM - store[layer_idx].shape[2]))
+            into = store[layer_idx]
+            for run in runs:
+                tokens = heads[run.start : run.start + run.prompts * run.length].unflatten(0, (run.prompts, run.length))
+                into[run.first : run.first + run.prompts, :, self.width : self.width + run.length] = tokens.transpose(1, 2)
+        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
+
     def held(self, layer_idx: int) -> tuple[Tensor, Tensor, Tensor]:
         """After `update` with a placement: a layer's columns, float[S, G, columns, d] twice, and which hold a token, bool[S, columns]."""
         assert self.new is not None
         end = self.width + self.new.width
-        visible = torch.cat([self.visible, self.new.owner >= 0], 1)
+        visible = torch.cat([self.visible, self.new.filled], 1)
         return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end], visible
 
     def keep(self) -> None:
         """The tokens of this pass belong to their prompts from now on."""
         assert self.new is not None
-        self.visible = torch.cat([self.visible, self.new.owner >= 0], 1)
+        self.visible = torch.cat([self.visible, self.new.filled], 1)
         self.width += self.new.width
         self.new = None
 
@@ -113,9 +183,11 @@ class KeyValues:
         """A copy whose prompt s is this one's prompt parents[s], with room for so many more columns."""
         made = KeyValues(0, self.visible.device)
         made.width, made.visible = self.width, self.visible[parents]
-        made.keys, made.values = (
-            [F.pad(layer[:, :, : self.width][parents], (0, 0, 0, room + ROOM)) for layer in store] for store in (self.keys, self.values)
-        )
+        for store, grown in ((self.keys, made.keys), (self.values, made.values)):
+            for layer in store:
+                columns = layer.new_zeros(len(parents), layer.shape[1], self.width + room + ROOM, layer.shape[3])
+                columns[:, :, : self.width] = layer[:, :, : self.width] if len(layer) == 1 else layer[:, :, : self.width][parents]
+                grown.append(columns)
         return made
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -142,11 +214,15 @@ class Extension:
     """Packing of several new tokens a prompt: each sees the columns before (visible bool[S, W]) and its own segment up to itself."""
 
     def __init__(self, placement: Placement, visible: Tensor) -> None:
-        owner, new = placement.owner, placement.width
-        own = (owner[:, :, None] == owner[:, None]) & torch.ones(new, new, dtype=torch.bool, device=owner.device).tril()
-        self.sees = torch.cat([visible[:, None].expand(-1, new, -1), own], 2)  # bool[S, L, W + L]
-        self.placement, self.longest = placement, self.sees.shape[2]
+        self.placement, self.visible, self.longest = placement, visible, visible.shape[1] + placement.width
         self._bias: Tensor | None = None
+
+    @cached_property
+    def sees(self) -> Tensor:
+        """bool[S, L, W + L]."""
+        owner, new = self.placement.owner, self.placement.width
+        own = (owner[:, :, None] == owner[:, None]) & torch.ones(new, new, dtype=torch.bool, device=owner.device).tril()
+        return torch.cat([self.visible[:, None].expand(-1, new, -1), own], 2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """query float[1, H, T, d], key, value float[S, G, W + L, d] → float[1, T, H, d]."""

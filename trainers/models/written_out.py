@@ -13,18 +13,23 @@ from __future__ import annotations
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from trainers import switches
-from trainers.models import lean
+from trainers.models import lean, reading
 from trainers.models.attention import Packing, Segments
 from trainers.models.decoding import Step
 from trainers.models.layer import Form, Layer, after, attend, paired, projected
+from trainers.models.workspace import Workspace
 
 FLASH = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
 """torch's fused attention and its gradient, which `scaled_dot_product_attention` runs on a CPU."""
+
+SPACES: WeakKeyDictionary[Any, Workspace] = WeakKeyDictionary()
+"""Base model → what its layers write to while it trains."""
 
 
 def takes(base: Any, x: Tensor) -> bool:
@@ -97,18 +102,20 @@ def _computes(kind: Any) -> bool:
 def run(base: Any, x: Tensor, positions: Tensor, packing: Packing, cache: Any = None, rows: Tensor | None = None) -> Tensor:
     """x float[B, L, D], positions int64[B, L] → float[B * L, D] after the final norm; with rows int64[K] of the B * L, none twice,
     float[K, D]. With a cache the rows are each prompt's last."""
-    cos, sin = base.rotary_emb(x, positions)
-    half = cos.shape[-1] // 2
-    turn = torch.complex(cos[..., :half].float(), sin[..., :half].float()).flatten(0, -2)[:, None]  # complex[T, 1, d / 2]
+    turn = reading.turns(base, x, positions, cache is not None)[:, None]
     shape, hidden = x.shape[:2], x.flatten(0, 1)
     layers = base.layers[: base.config.num_hidden_layers]
+    maps = None if cache is None else reading.prepared(base, [(form_of(layer), weights_of(layer)) for layer in layers])
+    space = SPACES.setdefault(base, Workspace()) if torch.is_grad_enabled() else None
     for number, layer in enumerate(layers):
         wanted = rows if number + 1 == len(layers) else None
         if cache is None and isinstance(packing, Segments):
             weights = weights_of(layer)
             if not torch.is_grad_enabled():  # or the function would keep what its gradient needs
                 weights = tuple(None if one is None else one.detach() for one in weights)
-            hidden = Layer.apply(hidden, turn, wanted, packing, form_of(layer), *weights)  # type: ignore[assignment]
+            hidden = Layer.apply(hidden, turn, wanted, packing, form_of(layer), space, *weights)  # type: ignore[assignment]
+        elif maps is not None:
+            hidden = reading.layer(maps[number], number, hidden, turn, wanted, packing, cache, shape)
         else:
             hidden = _cached(layer, hidden, turn, wanted, packing, cache, shape)
     return base.norm(hidden)

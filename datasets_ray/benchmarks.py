@@ -25,6 +25,8 @@ from datasets_ray.schema import Reader, option, registered
 from datasets_ray.sources import SOURCES
 from datasets_ray.yamlfile import Node
 
+DERIVED = ("concat", "permuted")
+"""Sources that a plan makes by itself."""
 HERE = Path(__file__).resolve().parent.parent / "experiments" / "benchmarks"
 
 
@@ -85,7 +87,7 @@ def tree(name: str, where: str = "", beside: Path | None = None, opened: tuple[P
     """The keys of a benchmark, those of what it includes beneath. where: who names it; beside: the folder where names are looked for
     first. Raises UserError where there is no such file, or it includes itself."""
     places = [(beside or Path()) / name] if is_file(name) else [folder / f"{name}.yaml" for folder in (beside, HERE) if folder is not None]
-    path = next((place for place in places if place.is_file()), None)
+    path = next((place for place in places if yamlfile.is_file(place)), None)
     if path is None:
         known = names() if beside is None else [*names(), *(other.stem for other in beside.glob("*.yaml"))]
         raise UserError(f"no benchmark {name!r}", why=f"looked for {yamlfile.shown(places[-1])}", hint=nearest(name, known), where=where)
@@ -126,6 +128,11 @@ def check(made: BenchmarkFile, reader: Reader) -> None:
         )
     if made.metric == "circular" and (made.negatives != "given" or made.zeroshot):
         reader.error("metric: circular", why="it counts rotations of questions that come with their options", at="metric")
+    if made.source in DERIVED:
+        reader.error(f"source: {made.source} is made of other rows", why="a benchmark's are read from its release", at="source")
+    for text in made.templates:
+        if "{}" not in text and "{c}" not in text:
+            reader.error(f"templates: {text!r} has no '{{}}'", why="it stands for the class name", at="templates")
     if made.templates and made.ensemble:
         reader.error("`templates` and `ensemble`", why="one of the two says how classes are written", at="ensemble")
     for key in ("expect", "allow_subset", "most_dropped", "source"):

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from datasets_ray.answers import LETTERS
 from datasets_ray.errors import Parser, UserError, run_command
+from datasets_ray.files import json_object
 from datasets_ray.foci_files import FociQuestion, read_foci, write_foci
 from datasets_ray.negatives import Negatives, check_k, distinct_labels, from_annotations, from_similarities
 from datasets_ray.rows import SCHEMA, RowTable, row, write_manifest, write_table
@@ -88,7 +89,7 @@ def read_similarities(directory: Path) -> tuple[np.ndarray, dict[str, Any]]:
     if not (folder / "similarities.npy").is_file() or not (folder / "manifest.json").is_file():
         why = "similarities.npy and manifest.json are expected"
         raise UserError(f"{folder} holds no similarities", why=why, hint="python -m trainers.mine writes them")
-    return np.load(folder / "similarities.npy", mmap_mode="r"), json.loads((folder / "manifest.json").read_text())
+    return np.load(folder / "similarities.npy", mmap_mode="r"), json_object(folder / "manifest.json", "mine again")
 
 
 def rows_of(ids: Sequence[str], rows: RowTable, name: Path | str) -> list[int]:

@@ -57,7 +57,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        flag = next((word for word in message.split() if word.startswith("--") and word not in self._option_string_actions), None)
+        words = [word.rstrip(":,") for word in message.split()]
+        flag = next((word for word in words if word.startswith("--") and word not in self._option_string_actions), None)
         meant = nearest(flag.partition("=")[0], (o for o in self._option_string_actions if o.startswith("--"))) if flag else ""
         raise UserError(message, hint=f"{meant + ' ' if meant.startswith('did') else ''}{self.prog} --help tells the words")
 

@@ -146,7 +146,7 @@ def _get(url: str, limits: Limits) -> bytes:
 def _body(answer: Any, limits: Limits, deadline: float) -> bytes:
     """Reads as it comes, so that neither a slow nor an endless answer holds the thread."""
     length = answer.headers.get("Content-Length") or ""
-    promised = int(length) if length.isdigit() else None
+    promised = int(length) if length.isdecimal() else None
     if promised is not None and promised > limits.max_bytes:
         raise _Lost("too_large", "more bytes than allowed")
     data = bytearray()
@@ -166,7 +166,7 @@ def _body(answer: Any, limits: Limits, deadline: float) -> bytes:
 def _asked_pause(headers: Message | None) -> float | None:
     """Seconds that a busy server asks for."""
     asked = str(headers.get("Retry-After") or "") if headers is not None else ""
-    return float(asked) if asked.isdigit() else None
+    return float(asked) if asked.isdecimal() else None
 
 
 def _connection(error: Exception) -> _Lost:

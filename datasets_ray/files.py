@@ -5,6 +5,7 @@ In: a source's spec and the folder of the user's datasets. Out: paths inside tha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -40,6 +41,28 @@ def must_be_data(path: Path) -> None:
     if what := stand_in(head):
         way = {"a git-LFS pointer": "git lfs pull", "a git-annex pointer": "git annex get"}.get(what, "download it again")
         raise UserError(f"{path} is {what}, not the file itself", hint=way)
+
+
+def json_object(path: Path, hint: str = "download or write it again") -> dict[str, Any]:
+    """The object in a JSON file. UserError for one that is missing, torn or holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path.name} can't be read", why=why, hint=hint, where=str(path)) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path.name} holds no object", why="keys with values are expected", hint=hint, where=str(path))
+    return found
+
+
+def given_object(given: str, flag: str) -> dict[str, Any]:
+    """What a flag is given as JSON, or as a file that holds it."""
+    if not given.lstrip().startswith("{"):
+        return json_object(Path(given), f"{flag} '{{...}}' or a file")
+    try:
+        return json.loads(given)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{flag} is no JSON", why=str(error), hint=f"{flag} '{{\"key\": value}}', or a file") from None
 
 
 def check_keys(spec: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ def read(root: Path, split: str) -> Collection:
         if not line.strip():
             continue
         fields = [part.strip() for part in line.split(",")]
-        if len(fields) != 3 or not fields[1].isdigit() or int(fields[1]) not in classes:
+        if len(fields) != 3 or not fields[1].isdecimal() or int(fields[1]) not in classes:
             where = f"{root / split}.txt:{number}"
             raise UserError(f"not a line of the Grocery Store lists: {line!r}", hint="path, fine id, coarse id", where=where)
         name, _, told = classes[int(fields[1])]

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from datasets_ray.errors import UserError
+from datasets_ray.files import json_object
 
 IMAGE = "<image>"
 """Where an image goes in a message's text; 0..n per row, in the order of `images`."""
@@ -87,7 +88,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = Path(directory) / "manifest.json"
     if not path.is_file():
         raise UserError(f"{directory} holds no rows", why="manifest.json is missing", hint="point at what a dataset stage wrote")
-    return json.loads(path.read_text())
+    return json_object(path, "point at what a dataset stage wrote, or make it again")
 
 
 class RowTable:

@@ -124,7 +124,8 @@ class Reader:
             return self._typed(next((a for a in options if _fits(a, value)), options[0]), node, path)
         if origin is Literal:
             if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args if a == value):
-                self.error(f"{path}: {value!r} is not a choice", hint=nearest(str(value), [str(a) for a in args]), where=node.where)
+                said = node.plain()
+                self.error(f"{path}: {said!r} is not a choice", hint=nearest(str(said), [str(a) for a in args]), where=node.where)
             return value
         if origin is list:
             if not isinstance(value, list):
@@ -199,11 +200,17 @@ def explain(cls: type) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def registered(file: str, table: str) -> tuple[str, ...]:
-    """Keys of a module's literal table, read from its text: importing it would load torch or pyarrow."""
+def registered_values(file: str, table: str) -> dict[str, Any]:
+    """A module's literal table, read from its text: importing it would load torch or pyarrow. A value that isn't a constant is None."""
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         if any(getattr(target, "id", "") == table for target in targets):
             assert isinstance(node.value, ast.Dict), f"{table} of {file} is a literal"  # type: ignore[attr-defined]
-            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))  # type: ignore[attr-defined]
+            pairs = zip(node.value.keys, node.value.values)  # type: ignore[attr-defined]
+            return {str(key.value): getattr(value, "value", None) for key, value in pairs if isinstance(key, ast.Constant)}
     raise AssertionError(f"{file} has a table {table}")
+
+
+def registered(file: str, table: str) -> tuple[str, ...]:
+    """Keys of a module's literal table."""
+    return tuple(registered_values(file, table))

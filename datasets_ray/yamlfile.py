@@ -6,7 +6,9 @@ Duplicate keys, merge keys and tags are errors with their line.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,13 @@ INT = re.compile(r"[-+]?[0-9][0-9_]*$")
 TAGS = frozenset(
     f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "value", "merge")
 )
+DIGITS = 300
+"""A longer number is read as a float, which may then be infinite: Python refuses to read thousands of digits."""
+MOST = 500_000
+"""Values of a file, those of its aliases counted wherever they stand."""
+DEEP = 100
+"""Levels of a file: what is nested deeper is no study."""
+BRACKET = re.compile(rf"[\[\]{{}}]|(?:[-?:] +){{{10 * DEEP}}}")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")
 WORDS: dict[str, Any] = {
     "": None, "~": None, "null": None, "Null": None, "NULL": None, "true": True, "True": True, "TRUE": True,
@@ -56,14 +65,20 @@ def scalar(text: str) -> Any:
     """What a plain (unquoted) scalar means."""
     if text in WORDS:
         return WORDS[text]
-    if INT.match(text):
+    if INT.match(text) and len(text) <= DIGITS:
         return int(text.replace("_", ""))
     if FLOAT.match(text):
         return float(text.replace("_", ""))
     return text
 
 
-def _convert(node: Any, file: str, line: int, errors: list[UserError], open_: set[int]) -> Node:
+def _convert(node: Any, file: str, line: int, errors: list[UserError], open_: set[int], count: Iterator[int]) -> Node:
+    """open_: what it stands in; count: of the values so far, aliases written out."""
+    number = next(count)
+    if number >= MOST:
+        if number == MOST:
+            errors.append(UserError(f"more than {MOST:,} values", why="do aliases of aliases multiply?", where=f"{file}:{line}"))
+        return Node(None, file, line)
     if id(node) in open_:
         errors.append(UserError("an anchor that contains itself", why="a study is a tree", where=f"{file}:{line}"))
         return Node(None, file, line)
@@ -78,8 +93,11 @@ def _convert(node: Any, file: str, line: int, errors: list[UserError], open_: se
     if isinstance(node, ScalarNode):
         return Node(scalar(node.value) if not node.style else node.value, file, line)
     open_ = open_ | {id(node)}
+    if len(open_) > DEEP:
+        errors.append(UserError(f"more than {DEEP} levels", why="a study is not so deep", where=f"{file}:{line}"))
+        return Node(None, file, line)
     if isinstance(node, SequenceNode):
-        return Node([_convert(item, file, item.start_mark.line + 1, errors, open_) for item in node.value], file, line)
+        return Node([_convert(item, file, item.start_mark.line + 1, errors, open_, count) for item in node.value], file, line)
     assert isinstance(node, MappingNode)
     found: dict[str, Node] = {}
     for key_node, value_node in node.value:
@@ -100,12 +118,13 @@ def _convert(node: Any, file: str, line: int, errors: list[UserError], open_: se
                 )
             )
         else:
-            found[key] = _convert(value_node, file, at, errors, open_)
+            found[key] = _convert(value_node, file, at, errors, open_, count)
     return Node(found, file, line)
 
 
 def parse(text: str, file: str, *, lines: bool = True) -> Node:
     """Text → tree. `lines=False` for values that stand on the command line: places are then the `file` alone."""
+    _not_too_deep(text, file, lines)
     try:
         composed = yaml.compose(text, Loader=LOADER)
     except yaml.reader.ReaderError as error:
@@ -121,12 +140,22 @@ def parse(text: str, file: str, *, lines: bool = True) -> Node:
     if composed is None:
         return Node(None, file, 1 if lines else None)
     errors: list[UserError] = []
-    tree = _convert(composed, file, composed.start_mark.line + 1, errors, set())
+    tree = _convert(composed, file, composed.start_mark.line + 1, errors, set(), itertools.count())
     if errors:
         raise UserErrors(errors)
     if not lines:
         _forget_lines(tree)
     return tree
+
+
+def _not_too_deep(text: str, file: str, lines: bool) -> None:
+    """The library reads what is nested by calling itself, and dies of ten thousands of levels: by brackets, or by dashes in a line."""
+    depth = 0
+    for found in BRACKET.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        if depth > 10 * DEEP or len(found[0]) > 1:
+            where = f"{file}:{text.count(chr(10), 0, found.start()) + 1}" if lines else file
+            raise UserError(f"more than {DEEP} levels", why="a study is not so deep", where=where)
 
 
 def _forget_lines(tree: Node) -> None:
@@ -139,15 +168,23 @@ def shown(path: Path) -> str:
     """A path as the person would type it: relative to the working directory where that is shorter."""
     try:
         relative = str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
+    except (ValueError, OSError, RuntimeError):  # elsewhere, or no path at all: links in a circle
         return str(path)
     return relative
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; no name that a file system refuses (too long) is one."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read(path: Path) -> Node:
     """The tree of a file; UserError where it is missing, unreadable or no mapping."""
     name = shown(path)
-    if not path.is_file():
+    if not is_file(path):
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UserError(f"no file {name}", hint=nearest(path.name, beside) if beside else "give the path of a YAML file")
     try:

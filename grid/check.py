@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from grid import launchers, options, probe
+from grid import disks, launchers, options, probe
 from grid.cost import HEADROOM
 from grid.load import Loaded, load
 from grid.plan import plan
@@ -79,6 +78,7 @@ class Preflight:
             raise Failed([failure])
         found = self._probe("data", {"sets": sets, "data_root": root})
         failures, notes = self._sizes(sets, found)
+        failures += self._mined(found)
         if failures:
             raise Failed(failures)
         notes += [
@@ -87,6 +87,17 @@ class Preflight:
             if name in found and data.rows and found[name]["photos"] not in (None, data.rows) and "rows" not in data.keys
         ]
         return f"{len(sets)} sources make their first row" + "".join(f"\n      note: {note}" for note in notes)
+
+    def _mined(self, found: dict[str, Any]) -> list[dict[str, str]]:
+        """Failures of benchmarks whose questions are to have more options than there are classes."""
+        study, failures = self._need(self.loaded).study, []
+        for name, benchmark in study.benchmarks.items():
+            classes = found.get(benchmark.data, {}).get("classes")
+            if benchmark.negatives == "mined" and study.mining and classes is not None and classes < study.mining.k:
+                what = f"benchmark {name}: mining.k is {study.mining.k}, {benchmark.data} has {classes} classes"
+                hint = f"--set mining.k={classes}, or fewer" if classes > 1 else "negatives: given, where questions bring their options"
+                failures.append({"what": what, "why": "every option is another class", "hint": hint})
+        return failures
 
     @staticmethod
     def _sizes(sets: dict[str, Any], found: dict[str, Any]) -> tuple[list[dict[str, str]], list[str]]:
@@ -105,11 +116,23 @@ class Preflight:
 
     def models(self) -> str:
         wanted, checkpoints = self._models()
-        held = [{"checkpoint": name, "revision": revision} for name, revision in checkpoints]
-        self._probe("models", {"tokenizers": wanted, "checkpoints": held})
-        loose = sorted(name for name, revision in checkpoints if revision is None and not Path(name).is_dir())
-        note = f"\n      note: no revision pinned for {', '.join(loose)}" if loose else ""
-        return f"{len(wanted)} tokenizers fit, {len(held)} checkpoints at hand{note}"
+        trained = [stage["spec"]["objective"] for stage in self._need(self.planned)["stages"] if stage["kind"] == "train"]
+        outside = list({repr(one): one for one in trained if ":" in one["name"]}.values())
+        facts = self._probe("models", {"tokenizers": wanted, "checkpoints": self._held(checkpoints), "objectives": outside})
+        loose = sorted(name for name, revision in checkpoints if revision is None and not os.path.isdir(name))
+        notes = [f"no revision pinned for {', '.join(loose)}"] * bool(loose) + facts.get("notes", [])
+        return f"{len(wanted)} tokenizers fit, {len(checkpoints)} checkpoints at hand" + "".join(f"\n      note: {note}" for note in notes)
+
+    def _held(self, checkpoints: dict[Any, Any]) -> list[dict[str, Any]]:
+        """Checkpoints, each with the pixels that the profile's assets of it are fed."""
+        loaded = self._need(self.loaded)
+        fed: dict[Any, list[dict[str, Any]]] = {}
+        for path, who in loaded.colours.items():
+            kind, _, name = path.removesuffix(".image").partition(".")
+            asset = getattr(loaded.profile, kind)[name]
+            pixels = {"at": path, "said": who == "profile", "mean": asset.image.mean, "std": asset.image.std}
+            fed.setdefault((asset.checkpoint, asset.revision), []).append(pixels)
+        return [{"checkpoint": name, "revision": revision, "fed": fed.get((name, revision), [])} for name, revision in checkpoints]
 
     def _models(self) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
         """(tokenizers with their template and vocabulary, checkpoints by name and revision) of the plan."""
@@ -174,15 +197,17 @@ class Preflight:
         planned, profile = self._need(self.planned), self._need(self.loaded).profile
         store = profile.store or os.environ.get("FINEGRID_STORE")
         place = Path(store) if store else Path(self.arguments.out or "runs")
-        there = next(path for path in [place.absolute(), *place.absolute().parents] if path.exists())
+        there = disks.there(place)
         if not os.access(there, os.W_OK):
             raise Failed([{"what": f"{there} can't be written", "why": "stages are kept there", "hint": "--set store=DIR"}])
-        free = shutil.disk_usage(there).free / 2**30
+        free = disks.free(there)
         need = planned["totals"]["disk_gib"] + planned["totals"]["work_gib"]
         if need > free:
             hint = "--set store=DIR on a larger disk"
             raise Failed([{"what": f"about {need:.1f} GiB needed at {there}, {free:.1f} free", "why": "", "hint": hint}])
-        return f"about {need:.2f} GiB of {free:.1f} GiB free at {there}"
+        said, note = disks.pixels(profile.resources.pixels_mb, there, need)
+        more = f"; {said}" * bool(said) + f"\n      note: {note}" * bool(note)
+        return f"about {need:.2f} GiB of {free:.1f} GiB free at {there}{more}"
 
     def launcher(self) -> str:
         return launchers.check(self.arguments.launcher, self._need(self.loaded))
@@ -201,7 +226,7 @@ class Preflight:
             "writable": writable, "readable": {"data_root": os.path.abspath(root)} if root else {},
             "need_gib": {"store" if store else "out": need}, "workers": profile.resources.workers,
             "gpus_per_worker": profile.resources.gpus_per_worker,
-            "models": {"tokenizers": tokenizers, "checkpoints": [{"checkpoint": n, "revision": r} for n, r in checkpoints]},
+            "models": {"tokenizers": tokenizers, "checkpoints": self._held(checkpoints)},
         })  # fmt: skip
         shared = " and ".join(writable)
         return (

@@ -7,6 +7,7 @@ are typed once per distinct set of changes, so that thousands of arms cost littl
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, replace
 from typing import Any
@@ -14,8 +15,11 @@ from typing import Any
 from datasets_ray.errors import nearest
 from datasets_ray.schema import Reader, _fields
 from datasets_ray.yamlfile import Node, merged, nested
-from grid.study import NAME, ArmEntry, Recipe, Reference, Study, Training
+from grid.recipe import Recipe, Training, _name
+from grid.study import ArmEntry, Reference, Study
 
+FIELD = re.compile(r"\{[^{}]*\}|[{}]")
+"""A place in the template of a name, or a brace without its other half."""
 SECTIONS = ("pretrain", "finetune", "connector")
 
 
@@ -65,6 +69,11 @@ def expand(study: Study, recipe: Node, reader: Reader) -> list[Arm]:
             of = reference.released
             arms.append(Arm(reference.name, reference.row, "released", axes, built, where, of, {}, content=(of, maker.content(built))))
     _no_twins(arms, reader)
+    used = {pair for at in (study.base, *(entry.at for entry in study.arms), *(one.at for one in study.references)) for pair in at.items()}
+    forms = [item for entry in study.arms for item in (*entry.product.items(), *entry.zip.items())]
+    used |= {(axis, value) for axis, values in forms for value in values}
+    for pair in maker.effects.keys() - used:
+        maker.look_at(pair)
     return arms
 
 
@@ -83,20 +92,17 @@ def _named(entry: ArmEntry, axes: dict[str, str], point: dict[str, str], seed: i
         varying = point or entry.at
         name = "-".join(varying.values()) or "base"
     else:
-        try:
-            name = entry.name.format_map({**axes, "seed": seed, "row": entry.row})
-        except (KeyError, ValueError, IndexError, AttributeError) as error:
-            reader.error(
-                f"name {entry.name!r} can't be filled: {error}",
-                why="{...} stands for an axis or seed",
-                hint=nearest(str(error).strip("'"), [*axes, "seed"]),
-                where=where,
-            )
+        given = {**axes, **({} if seed is None else {"seed": str(seed)}), **({} if entry.row is None else {"row": str(entry.row)})}
+        wrong = next((field for field in FIELD.findall(entry.name) if field[1:-1] not in given), None)
+        if wrong is not None:
+            why = "{...} stands for an axis, for `row`, or for one of `seeds`, where the entry has them"
+            reader.error(f"name {entry.name!r} can't be filled: {wrong}", why=why, hint=nearest(wrong.strip("{}"), given), where=where)
             return None
+        name = FIELD.sub(lambda field: given[field[0][1:-1]], entry.name)
     if seed is not None and "{seed" not in (entry.name or ""):
         name = f"{name}-s{seed}"
-    if not NAME.match(name):
-        reader.error(f"name {name!r} is no name", why="letters, digits, '.', '_', '+' and '-' only", where=where)
+    if wrong := _name(name):
+        reader.error(f"name {wrong}", why="files and metrics are named by it", where=where)
         return None
     return name
 
@@ -203,16 +209,12 @@ class Maker:
         cached = self.cache.get(marker := (name, tuple((path, id(node)) for path, node in edits)), ())
         if cached != ():
             return cached
-        partial = Node({name: self.tree.value[name]} if name in self.tree.value else {}, self.tree.file, self.tree.line)
-        for path, node in edits:
-            partial = merged(partial, nested(path.split("."), node))
         result: tuple[Any] | None
-        annotation, field = _fields(Recipe)[name]
-        if name not in partial.value:
+        field = _fields(Recipe)[name][1]
+        if name not in self.tree.value and not edits:
             result = (field.default_factory() if field.default_factory is not MISSING else field.default,)
         else:
-            reader = Reader()
-            value = reader._value(annotation, partial.value[name], f"recipe.{name}", field.metadata)
+            value, reader = self._typed(name, edits)
             for error in reader.errors:
                 if error.render() not in self.told:
                     self.told.add(error.render())
@@ -223,6 +225,26 @@ class Maker:
         self.cache[marker] = result
         self.kept.append(edits)  # so that the ids in the cache's keys stay taken
         return result
+
+    def look_at(self, point: tuple[str, str]) -> None:
+        """Tells mistakes of an axis value that no arm has, as far as it can be typed without the values of other axes."""
+        for path, node in self.effects[point].items():
+            name = path.split(".")[0]
+            if name not in _fields(Recipe):
+                self._tell(f"{path}: no key of the recipe", hint=nearest(path, _paths()), where=node.where)
+                continue
+            wrong = [error for error in self._typed(name, [(path, node)])[1].errors if not error.what.endswith(": missing")]
+            self.reader.errors += [error for error in wrong if error.render() not in self.told]
+            self.told |= {error.render() for error in wrong}
+
+    def _typed(self, name: str, edits: list[tuple[str, Node]]) -> tuple[Any, Reader]:
+        """(the value of a field of the recipe with its edits, who read it)."""
+        partial = Node({name: self.tree.value[name]} if name in self.tree.value else {}, self.tree.file, self.tree.line)
+        for path, node in edits:
+            partial = merged(partial, nested(path.split("."), node))
+        annotation, field = _fields(Recipe)[name]
+        reader = Reader()
+        return reader._value(annotation, partial.value[name], f"recipe.{name}", field.metadata), reader
 
     def _tell(self, what: str, *, why: str = "", hint: str = "", where: str) -> None:
         if what + where not in self.told:

@@ -17,7 +17,7 @@ COLUMNS = ("model", "average")
 def read(path: Path) -> dict[str, float]:
     """model → average, 0-100. Raises UserError for a file that isn't there, lacks a column, or says one thing twice or no number."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
             head, lines = table.fieldnames or [], list(table)
     except (OSError, UnicodeDecodeError, csv.Error) as error:

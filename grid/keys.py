@@ -11,12 +11,12 @@ from typing import Any
 
 from datasets_ray.errors import UserError, nearest
 from datasets_ray.schema import REQUIRED, explain
-from grid import options, profile, study
+from grid import options, profile, recipe, study
 from grid.plantext import flow
 
 PARTS: dict[str, Any] = {
     kind.__name__: kind
-    for module in (study, profile)
+    for module in (study, recipe, profile)
     for kind in vars(module).values()
     if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind is not profile.Asset and kind.__module__ == module.__name__
 }

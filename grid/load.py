@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from datasets_ray import yamlfile
 from datasets_ray.errors import UserError, UserErrors, nearest
 from datasets_ray.schema import Reader, _fields
 from datasets_ray.yamlfile import Node
-from grid import benchmarks, compatibility, general_axis, validate, validate_assets, validate_profile
+from grid import benchmarks, colours, compatibility, general_axis, validate, validate_assets, validate_profile
 from grid.doubts import doubts
 from grid.expand import Arm, expand, with_changes
-from grid.profile import Profile, choose, tree_of
+from grid.profile import HERE, Profile, choose, tree_of
 from grid.study import Study
 
 
@@ -42,6 +43,10 @@ class Loaded:
     """The profile's file."""
     doubts: list[str] = field(default_factory=list)
     """What is legal here and most likely not meant."""
+    colours: dict[str, str] = field(default_factory=dict)
+    """Dotted path of an encoder's pixels → who says how they are normalised (grid.colours)."""
+    assumed: list[dict[str, Any]] = field(default_factory=list)
+    """Assumptions that no study wrote down: key, value, text."""
 
     @property
     def headline(self) -> str:
@@ -52,6 +57,7 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     """Reads and checks everything. Raises UserErrors with all mistakes found."""
     errors: list[UserError] = []
     study_path = Path(study)
+    folder = Path(os.path.realpath(study_path)).parent if os.path.islink(study_path) else study_path.parent
     study_tree = _attempt(lambda: yamlfile.read(study_path), errors)
     profile_tree, reason = None, ""
     try:
@@ -74,9 +80,10 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     errors += reader.errors
     if typed_study is None or typed_profile is None or own is None or study_tree is None:
         raise UserErrors(_unique(errors))
-    published = study_path.parent / typed_study.published if typed_study.published else None
+    published = folder / typed_study.published if typed_study.published else None
     reader.errors = []
     validate_profile.check_profile(typed_profile, reader)
+    pixels = colours.fill(typed_profile, reader)
     validate_assets.check_assets(typed_profile, reader)
     wrong = len(reader.errors)
     expanded = expand(typed_study, tree.value["recipe"], reader) if validate.check_axes(typed_study, reader) else []
@@ -87,20 +94,39 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
         reader.error(
             f"published: no file {typed_study.published!r}", why="it is looked for beside the study", where=reader.marks["published"]
         )
+    _made_for(typed_study, typed_profile, [study_path, profile_path], reader)
     if typed_study.general_axis:
         try:
-            general_axis.read(study_path.parent / typed_study.general_axis.file)
+            general_axis.read(folder / typed_study.general_axis.file)
         except UserError as error:
             reader.error(f"general_axis.file: {error.what}", why=error.why, hint=error.hint, at="general_axis.file")
     if errors or reader.errors:
         raise UserErrors(_unique(errors + reader.errors))
     notices = list(compatibility.DIFFERS.get(typed_study.compatibility or "", []))
     chosen = _select(expanded, arms, typed_study)
-    file, folder = yamlfile.shown(study_path), study_path.parent
+    file = yamlfile.shown(study_path)
     return Loaded(
         typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices, profile_path,
-        doubts(typed_study, typed_profile, expanded),
+        doubts(typed_study, typed_profile, expanded), pixels, colours.assumptions(typed_profile, pixels, _seeing(chosen, typed_study)),
     )  # fmt: skip
+
+
+def _made_for(study: Study, profile: Profile, files: Sequence[Path], reader: Reader) -> None:
+    """Whether the profile that a study is made for is one: ours, the one in use, or a file beside the study's or the profile's."""
+    known = {path.stem for folder in (HERE, *(file.parent for file in files)) for path in folder.glob("*.yaml")}
+    if study.made_for is not None and study.made_for not in known | {profile.profile}:
+        why = "its overrides wouldn't apply, and no profile has this name here or beside the study"
+        names = [path.stem for path in HERE.glob("*.yaml")] + [profile.profile]
+        reader.error(f"made_for: unknown profile {study.made_for!r}", why=why, hint=nearest(study.made_for, names), at="made_for")
+
+
+def _seeing(arms: Sequence[Arm], study: Study) -> set[str]:
+    """Encoders and whole models that arms ask for, and the miner."""
+    used = {f"encoders.{study.mining.miner}"} if study.mining else set()
+    for arm in arms:
+        used.add(f"models.{arm.recipe.model}" if arm.recipe.model else f"encoders.{arm.recipe.encoder}")
+        used |= {f"models.{arm.released}"} if arm.released else set()
+    return used
 
 
 def _changes(own: Node, tree: Node, path: str = "") -> Iterator[dict[str, Any]]:
@@ -147,9 +173,8 @@ def _lay(study: Node, profile: Profile | None, sets: list[tuple[list[str], Node]
         if isinstance(named.value, str) and named.value in compatibility.SETS:
             own = yamlfile.merged(compatibility.tree(named.value), study)
         else:
-            reader.error(
-                f"compatibility: unknown set {named.value!r}", hint=nearest(str(named.value), compatibility.SETS), where=named.where
-            )
+            said = named.plain()
+            reader.error(f"compatibility: unknown set {said!r}", hint=nearest(str(said), compatibility.SETS), where=named.where)
     tree, made_for = own, study.value.get("made_for")
     if profile and profile.overrides and (made_for is None or made_for.value != profile.profile):
         for name, node in profile.overrides.items():
@@ -210,7 +235,7 @@ def _assign(tree: Node, path: list[str], leaf: Node) -> Node:
     """The tree with the leaf at the dotted path; keys that hold dots themselves are found whole, items of a list by their number."""
     if not path:
         return leaf
-    if isinstance(tree.value, list) and path[0].isdigit() and int(path[0]) < len(tree.value):
+    if isinstance(tree.value, list) and path[0].isdecimal() and int(path[0]) < len(tree.value):
         items = [_assign(item, path[1:], leaf) if n == int(path[0]) else item for n, item in enumerate(tree.value)]
         return Node(items, tree.file, tree.line)
     if tree.value is not None and not isinstance(tree.value, dict):

@@ -9,10 +9,12 @@ from typing import Any
 
 from datasets_ray.errors import UserError
 from datasets_ray.policy import MOST_DROPPED
+from grid.colours import kind_of
 from grid.graph import Graph
 from grid.load import as_plain
 from grid.profile import CLIP, Asset, Data, Image, Profile
-from grid.study import Evaluation, Study, Training
+from grid.recipe import Training
+from grid.study import Evaluation, Study
 from trainers import families
 from trainers.specs import trained as trained_weights
 
@@ -99,10 +101,10 @@ class Assets:
         return self._known["clip", name]
 
     def whole_siglip(self, name: str) -> bool:
-        """Whether an encoder is a released SigLIP, text tower and all, as far as the profile tells (its shape may say DINOv2)."""
+        """Whether an encoder is a released SigLIP, text tower and all, as far as profile, local files or its name on the hub tell."""
         asset = self.profile.encoders[name]
-        kind = str((asset.shape or {}).get("model_type", ""))
-        return asset.builder == "transformers_vision" and bool(asset.checkpoint) and not asset.config and kind.startswith("siglip")
+        released = asset.builder == "transformers_vision" and bool(asset.checkpoint) and not asset.config
+        return released and kind_of(asset).startswith("siglip")
 
     def encoder(self, name: str) -> Spec:
         """The part that an arm sees with."""

@@ -100,6 +100,7 @@ def _gpus() -> int:
 
 def data(request: dict[str, Any]) -> dict[str, Any]:
     """Makes the first rows of every data set: its reader, keys, folder, lists and an image are tried. request: sets, data_root."""
+    from datasets_ray.negatives import distinct_labels
     from datasets_ray.sources import build
 
     failures: list[Failure] = []
@@ -117,6 +118,7 @@ def data(request: dict[str, Any]) -> dict[str, Any]:
                 made[name] = {
                     **{key: manifest.get(key) for key in ("rows", "photos", "dropped")},
                     "records": _records(spec, manifest, request),
+                    "classes": distinct_labels(manifest.get("classes") or []),
                 }
                 if not manifest["rows"]:
                     what = f"{name}: none of its first {TRIED} rows can be used"
@@ -150,8 +152,9 @@ def _no_inputs(id: str) -> Path:
 
 
 def models(request: dict[str, Any]) -> dict[str, Any]:
-    """Tokenizers load, hold their template's tokens and fit their model's vocabulary; checkpoints are at hand.
-    request: tokenizers [{name, template, vocabulary}], checkpoints [{checkpoint, revision}]."""
+    """Tokenizers load, hold their template's tokens and fit their model's vocabulary; own objectives load; checkpoints are at hand.
+    request: tokenizers [{name, template, vocabulary}], checkpoints [{checkpoint, revision, fed [{at, said, mean, std}]}],
+    objectives [{name, ...}]."""
     from datasets_ray.tokens import load_tokenizer, require
 
     failures: list[Failure] = []
@@ -166,27 +169,60 @@ def models(request: dict[str, Any]) -> dict[str, Any]:
         if wanted["vocabulary"] is not None and len(tokenizer) > wanted["vocabulary"]:
             what = f"tokenizer {wanted['name']!r} has {len(tokenizer)} tokens, its model's vocabulary {wanted['vocabulary']}"
             failures.append({"what": what, "why": "some ids would have no embedding", "hint": f"vocab_size: {len(tokenizer)} or more"})
+    for wanted in request.get("objectives", []):
+        from trainers.objectives import load_objective
+
+        try:
+            load_objective(wanted)
+        except UserError as error:
+            failures.append({"what": error.what, "why": error.why, "hint": error.hint})
+    notes: list[str] = []
     for wanted in request["checkpoints"]:
-        if not _at_hand(wanted["checkpoint"], wanted["revision"]):
+        path = _at_hand(wanted["checkpoint"], wanted["revision"])
+        if path is None:
             name = wanted["checkpoint"]
             hint = (
                 f"huggingface-cli download {name}, or name a local directory" if name.count("/") == 1 else "correct its path in the profile"
             )
             failures.append({"what": f"checkpoint {name} is not on this machine", "why": "", "hint": hint})
-    return {"facts": {}, "failures": failures}
+            continue
+        for fed in wanted.get("fed", []):
+            told, hint = _other_pixels(path, fed)
+            if told and fed["said"]:
+                notes.append(told)
+            elif told:
+                failures.append({"what": told, "why": "another model's pixels are none of this one's", "hint": hint})
+    return {"facts": {"notes": notes}, "failures": failures}
 
 
-def _at_hand(checkpoint: str, revision: str | None) -> bool:
-    """A local directory, or a hub repository with a weights file in the local cache. Nothing is downloaded."""
-    if Path(checkpoint).is_dir():
-        return True
+def _other_pixels(path: Path, fed: dict[str, Any]) -> tuple[str, str]:
+    """(what, hint) where a checkpoint's own files normalise pixels otherwise than the plan does; else empty."""
+    from grid import colours
+
+    try:
+        found = colours.of_files(path, defaults=not fed["said"])
+    except (OSError, ValueError) as error:
+        return f"{fed['at']}: what {path} says of its pixels can't be read: {str(error).splitlines()[0]}", "download it again"
+    if found is None:
+        return "", ""
+    file, (mean, std) = found
+    if all(abs(a - b) < 1e-3 for a, b in zip([*mean, *std], [*fed["mean"], *fed["std"]])):
+        return "", ""
+    what = f"{fed['at']}: mean {fed['mean']}, std {fed['std']}, but its {file} says {list(mean)}, {list(std)}"
+    return what, f"{fed['at']}: {{mean: {list(mean)}, std: {list(std)}}}"
+
+
+def _at_hand(checkpoint: str, revision: str | None) -> Path | None:
+    """Where it is: a local directory, or a hub repository with a weights file in the local cache. Nothing is downloaded."""
+    if os.path.isdir(checkpoint):
+        return Path(checkpoint)
     from huggingface_hub import snapshot_download
 
     try:
         path = Path(snapshot_download(checkpoint, revision=revision, local_files_only=True))
     except Exception:  # the hub client has a dozen exceptions for "not there"
-        return False
-    return any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+        return None
+    return path if any(path.glob("*.safetensors")) or any(path.glob("*.bin")) else None
 
 
 def cluster(request: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets_ray.errors import UserError
 from grid import hollow, options
 from grid.load import load
 from grid.plan import plan as make_plan
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="DIR", help="run directory; default: runs/<study>-<profile>")
     parser.add_argument("--fresh", action="store_true", help="start over: empties the run directory first")
     given = parser.parse_args(argv)
+    if given.out == "":
+        raise UserError("--out is empty", why="a shell variable that isn't set?", hint="--out DIR, or no --out at all")
     command = ["python", "-m", "grid.run", *(sys.argv[1:] if argv is None else argv)]
     loaded = load(given.study, given.profile, given.set, given.arms)
     if loaded.profile.hollow:

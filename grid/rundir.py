@@ -36,10 +36,13 @@ class RunDirectory:
         """Locks the directory and starts a new epoch. Raises UserError: another driver is alive, or another study lives here."""
         path = path.absolute()
         existing = path / RUN
-        if path.is_dir() and not existing.exists() and any(p.name != "run.lock" for p in path.iterdir()):
-            raise UserError(f"{path} is not a run directory", why="it holds other files and no run.json", hint="give an empty or new --out")
         writable(path, "--out DIR")
-        lock = (path / "run.lock").open("a+")
+        if not existing.exists() and any(p.name != "run.lock" for p in path.iterdir()):
+            raise UserError(f"{path} is not a run directory", why="it holds other files and no run.json", hint="give an empty or new --out")
+        try:
+            lock = (path / "run.lock").open("a+")
+        except OSError as error:
+            raise UserError(f"{path / 'run.lock'} can't be opened", why=error.strerror or str(error), hint="another --out") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,6 +54,8 @@ class RunDirectory:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         data = read_json(existing, "id", "epoch", "study") if existing.exists() else {}
+        if data and not (isinstance(data["epoch"], int) and isinstance(data.get("drivers", []), list)):
+            raise UserError(f"{existing} was not written by grid.run", why="its epoch or drivers can't be read", hint="another --out")
         if data and data["study"] != study and not fresh:
             what = f"{path} holds a run of the study {data['study']!r}, not {study!r}"
             raise UserError(what, hint="give another --out, or --fresh to start over")
@@ -112,8 +117,8 @@ def writable(path: Path, hint: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(f"{path} is a file", why="a folder is needed", hint=hint) from None
-    except OSError as error:
-        raise UserError(f"{path} can't be written", why=error.strerror or str(error), hint=hint) from None
+    except (OSError, ValueError) as error:  # a null byte is a ValueError
+        raise UserError(f"{str(path)!r} can't be written", why=getattr(error, "strerror", None) or str(error), hint=hint) from None
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"{path} can't be written", why="no permission", hint=hint)
 
@@ -129,6 +134,22 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path} was not written by grid.run", why=f"it has no {missing[0]!r}", hint=hint)
     return found
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A run's plan.json. Raises UserError for one that is damaged, or in which what a report reads is of another kind."""
+    plan = read_json(path, "study", "stages", "arms")
+    kinds = {"study": dict, "stages": list, "arms": list, "references": list, "groups": dict, "contrasts": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(plan.get(key, kind()), kind)]
+    parts = {"stages": ("id", "name", "kind", "spec"), "arms": ("name", "stages"), "references": ("name", "stages")}
+    for key, wanted in parts.items():
+        entries = [] if key in wrong else plan.get(key, [])
+        if not all(isinstance(entry, dict) and all(name in entry for name in wanted) for entry in entries):
+            wrong.append(key)
+    if wrong or "name" not in plan["study"]:
+        hint = "give the --out of a grid.run; a damaged one is started over by --fresh in a new directory"
+        raise UserError(f"{path} was not written by grid.run", why=f"its {(wrong or ['study'])[0]!r} can't be read", hint=hint)
+    return plan
 
 
 def alive(path: Path) -> bool:

@@ -53,6 +53,7 @@ class Shape:
 
 def language_model(config: dict[str, Any]) -> Shape:
     """Llama, Qwen2 and their relatives from a Hugging Face config dict (`llama`, `mistral`, `qwen2`, `qwen2_vl_text`, `qwen3`)."""
+    whole(config, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     width, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     heads = config["num_attention_heads"]
     kv = config.get("num_key_value_heads") or heads
@@ -80,6 +81,14 @@ def language_model(config: dict[str, Any]) -> Shape:
     )  # fmt: skip
 
 
+def whole(config: dict[str, Any], *names: str) -> None:
+    """ValueError for one of these numbers that is no positive whole number; those that aren't there are another's to miss."""
+    for name in names:
+        value = config.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} {value!r}: a whole number above 0 is expected")
+
+
 def _blocks(width: int, mlp: int) -> tuple[int, int]:
     """(all, matmul) parameters of one CLIP block: attention with biases, two-layer MLP, two norms."""
     matmul = 4 * width * width + 2 * width * mlp
@@ -88,6 +97,7 @@ def _blocks(width: int, mlp: int) -> tuple[int, int]:
 
 def vision_tower(vision: dict[str, Any], embed_dim: int | None = None, skip: int = 0) -> Shape:
     """A CLIP ViT. embed_dim: of the projection, None without it and its norm; skip: blocks left out at the end (1: penultimate)."""
+    whole(vision, "width", "layers", "patch_size", "heads", "head_width")
     width, patch = vision["width"], vision["patch_size"]
     side = vision["image_size"] if isinstance(vision["image_size"], int) else vision["image_size"][0]
     layers = vision["layers"] - skip
@@ -107,6 +117,7 @@ def transformers_tower(config: dict[str, Any], skip: int = 1) -> Shape:
     """A CLIP, SigLIP or DINOv2 vision tower from its Hugging Face config, without what stands above its last `skip` blocks."""
     if isinstance(config.get("vision_config"), dict):  # a composite's
         config = config["vision_config"]
+    whole(config, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     ratio = config["intermediate_size"] / config["hidden_size"] if "intermediate_size" in config else config["mlp_ratio"]
     vision = {"width": config["hidden_size"], "layers": config["num_hidden_layers"], "mlp_ratio": ratio}
     vision["heads"] = config.get("num_attention_heads")
@@ -115,6 +126,7 @@ def transformers_tower(config: dict[str, Any], skip: int = 1) -> Shape:
 
 def text_tower(text: dict[str, Any], embed_dim: int) -> Shape:
     """A CLIP text transformer."""
+    whole(text, "width", "layers", "vocab_size", "context_length", "heads")
     width, layers = text["width"], text["layers"]
     block, matmul = _blocks(width, int(width * text.get("mlp_ratio", 4.0)))
     params = layers * block + (text["vocab_size"] + text["context_length"]) * width + 2 * width + width * embed_dim
@@ -188,7 +200,7 @@ def of(family: str, name: str, builder: str, config: dict[str, Any]) -> Shape | 
         except KeyError:
             return None
     if name == "encoder":
-        if builder == "transformers_vision" or "vision_cfg" not in config:
+        if "vision_cfg" not in config:
             return transformers_tower(config, skip=0 if family == "clip" else 1)
         if family == "clip":
             return vision_tower(config["vision_cfg"], config["embed_dim"])

@@ -25,6 +25,9 @@ from grid.simulated_run import DAY, PARTS, Simulation
 from grid.simulated_times import Assumptions, Measured, Times, times_of
 from grid.summary import idle_text
 
+MOST_GPUS = 1_000_000
+"""More would only take memory: each node has a rate, each worker a place."""
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -39,7 +42,10 @@ class Cluster:
         found = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*(?::\s*(\d+(?:\.\d*)?|\.\d+))?\s*", text)
         if found is None or not int(found[1]) or not int(found[2]):
             raise UserError(f"no cluster: {text!r}", why="it is NODESxGPUS or NODESxGPUS:FAILURES_A_DAY", hint="--simulate 4x8:0.5")
-        return cls(int(found[1]), int(found[2]), float(found[3] or 0.0))
+        nodes, gpus = (int(found[part][:12]) for part in (1, 2))
+        if nodes * gpus > MOST_GPUS:
+            raise UserError(f"a cluster of {nodes * gpus:,} GPUs", why=f"at most {MOST_GPUS:,} are played", hint="--simulate 4x8")
+        return cls(nodes, gpus, float(found[3] or 0.0))
 
     def __str__(self) -> str:
         return f"{self.nodes}x{self.gpus}" + (f":{self.failures:g}" if self.failures else "")

@@ -140,9 +140,11 @@ class Measured:
         gaps: list[float] = []
         for event in read_lines(path):
             lane = event.get("lane", "")
-            if event["event"] != "stage":
+            if event.get("event") != "stage":
                 world[lane] = event.get("world", 1)
                 ended.pop(lane, None)
+                continue
+            if not event.keys() >= {"stage", "name", "end", "status"}:
                 continue
             begin = event.get("claimed") or event.get("begin")
             if begin is not None and lane in ended:

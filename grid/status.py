@@ -16,14 +16,14 @@ from datasets_ray.errors import UserError
 from grid import options
 from grid.display import duration
 from grid.jsonl import read_lines
-from grid.rundir import alive, read_json
+from grid.rundir import alive, read_json, read_plan
 
 
 def status(directory: Path) -> dict[str, Any]:
     """The run's state. Raises UserError when there is no run."""
     if not (directory / "plan.json").is_file() or not (directory / "run.json").is_file():
         raise UserError(f"{directory} is not a run directory", why="no plan.json in it", hint="give the --out of a grid.run")
-    plan = read_json(directory / "plan.json", "study", "stages", "arms")
+    plan = read_plan(directory / "plan.json")
     run = read_json(directory / "run.json", "state", "epoch")
     store = Path(run.get("store", directory / "store"))
     names = {stage["id"]: stage["name"] for stage in plan["stages"]}
@@ -57,13 +57,15 @@ def journal(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     under_way: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     for event in read_lines(path):
-        identity = event["stage"]
+        identity, kind = event.get("stage"), event.get("event")
+        if identity is None:
+            continue
         under_way.pop(identity, None)
         failed.pop(identity, None)
-        if event["event"] == "start":
+        if kind == "start" and event.keys() >= {"epoch", "lane", "attempt", "time"}:
             under_way[identity] = event
-        if event["event"] == "fail" and event["final"]:
-            failed[identity] = event["message"]
+        if kind == "fail" and event.get("final"):
+            failed[identity] = str(event.get("message", ""))
     return under_way, failed
 
 

@@ -8,7 +8,8 @@ from datasets_ray.schema import Reader
 from datasets_ray.yamlfile import Node
 from grid.expand import Arm
 from grid.profile import Profile
-from grid.study import Study, Training, _name
+from grid.recipe import Training, _name
+from grid.study import Study
 from grid.validate_profile import check_training, known, template
 from grid.where import parse_where
 

@@ -1,32 +1,28 @@
-"""Can a profile's numbers be? Image sizes, architectures, rows. Mistakes go to the reader with their line; `image.mean` and `std` that the
-profile leaves open are filled in here.
-"""
+"""Can a profile's numbers be? Image sizes, architectures, rows. Mistakes go to the reader with their line."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
+from datasets_ray.benchmarks import DERIVED
 from datasets_ray.errors import nearest
 from datasets_ray.schema import Reader
 from grid import shapes
-from grid.profile import IMAGENET, SIGLIP, Data, Encoder, Image, Profile
+from grid.colours import kind_of
+from grid.profile import ROWS, Data, Encoder, Image, Profile
 from grid.validate_profile import registered
 
 NAMED = {"name", "tokenizer", "layer", "depth"}
 """Keys of a config that say nothing of the architecture's numbers."""
-DERIVED = ("concat", "permuted")
-"""Sources that the plan makes by itself."""
 
 
 def check_assets(profile: Profile, reader: Reader) -> None:
     """Every encoder, language model, whole model and data set."""
     for name, encoder in profile.encoders.items():
         path = f"encoders.{name}"
-        _colours(encoder)
         _image(encoder.image, f"{path}.image", reader)
         _fits(encoder, path, reader)
+        _builder(encoder, path, reader)
         family = "clip" if encoder.trained else "vlm"
         _numbers(family, {"encoder": encoder.builder}, encoder, path, reader)
     for name, llm in profile.llms.items():
@@ -39,28 +35,6 @@ def check_assets(profile: Profile, reader: Reader) -> None:
             _numbers(model.family, {"llm": "qwen2_vl"}, model, path, reader)
     for name, data in profile.data.items():
         _data(data, f"data.{name}", reader)
-
-
-def kind_of(asset: Encoder) -> str:
-    """`model_type` of an encoder's architecture, from what the profile says or the config.json of a local checkpoint; else empty."""
-    for said in (asset.shape, asset.config):
-        if said and said.get("model_type"):
-            return str(said["model_type"])
-    file = Path(asset.checkpoint) / "config.json" if asset.checkpoint else None
-    if file is None or not file.is_file():
-        return ""
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type") or "")
-    except (OSError, ValueError, AttributeError):
-        return ""  # whoever loads the checkpoint tells
-
-
-def _colours(asset: Encoder) -> None:
-    """SigLIP and DINOv2 were trained on other channel means than CLIP."""
-    kind = kind_of(asset)
-    known = SIGLIP if kind.startswith("siglip") else IMAGENET if kind.startswith("dinov2") else None
-    if known is not None:
-        asset.image.mean, asset.image.std = asset.image.mean or list(known[0]), asset.image.std or list(known[1])
 
 
 def _image(image: Image, path: str, reader: Reader) -> None:
@@ -89,6 +63,17 @@ def _fits(encoder: Encoder, path: str, reader: Reader) -> None:
                 reader.error(f"{path}.image.{ours}: {given}", why=why, hint=f"image: {{{ours}: {built}}}", at=f"{path}.image")
 
 
+def _builder(encoder: Encoder, path: str, reader: Reader) -> None:
+    """Whether an architecture that is written out is its builder's: open_clip's has `vision_cfg`, transformers' has not."""
+    config = encoder.config or {}
+    if not set(config) - NAMED or "name" in config:
+        return
+    if ("vision_cfg" in config) != (encoder.builder == "open_clip"):
+        what = f"{path}.config is {'open_clip' if 'vision_cfg' in config else 'transformers'}'s"
+        hint = f"builder: {'open_clip' if 'vision_cfg' in config else 'transformers_vision'}"
+        reader.error(what, why=f"builder {encoder.builder} can't make it", hint=hint, at=f"{path}.config")
+
+
 def _numbers(family: str, parts: dict[str, str], asset: Any, path: str, reader: Reader) -> None:
     """Whether an architecture written in the profile has the numbers that make one."""
     for key in ("config", "shape"):
@@ -111,8 +96,8 @@ def _data(data: Data, path: str, reader: Reader) -> None:
             hint = "concat: [one set, another]" if data.source == "concat" else nearest(data.source, known)
             reader.error(f"{path}.source: unknown source {data.source!r}", hint=hint, at=f"{path}.source")
     rows = data.keys.get("rows")
-    if isinstance(rows, int) and rows < 1:
-        reader.error(f"{path}.keys: rows {rows}", why="a data set has at least one row", at=f"{path}.keys")
+    if isinstance(rows, int) and not 1 <= rows <= ROWS:
+        reader.error(f"{path}.keys: rows {rows}", why="a data set has at least one row, and no more than anybody could", at=f"{path}.keys")
     beside = [key for key in ("keys", "revision", "rows", "expect") if getattr(data, key)]
     if data.concat and beside:
         what, why = f"{path}: `concat` beside {', '.join(f'`{key}`' for key in beside)}", "it is what its parts are"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError, nearest
 from datasets_ray.schema import Reader, registered
-from grid import devices
+from grid import devices, signatures
 from grid.profile import Asset, Profile
-from grid.study import Training
+from grid.recipe import Training
 from trainers import families
 
 PARTS = ("encoder", "connector", "llm")
@@ -60,10 +60,23 @@ def check_training(
     objective = training.objective.get("name")
     if not isinstance(objective, str):
         reader.error(f"{path}.objective: no `name`", hint="objective: {name: next_token}", where=where)
-    elif ":" not in objective:
-        known(objective, objectives(), "objective", f"{path}.objective.name", reader, marks.get(f"{path}.objective", where))
+    elif ":" in objective or known(
+        objective, objectives(), "objective", f"{path}.objective.name", reader, marks.get(f"{path}.objective", where)
+    ):
+        _keys_of(training.objective, f"{path}.objective", reader, marks, where)
     if training.template is not None:
         template(training.template, f"{path}.template", reader, marks.get(f"{path}.template", where))
+
+
+def _keys_of(objective: dict[str, Any], path: str, reader: Reader, marks: dict[str, str], where: str) -> None:
+    """Whether an objective takes the keys that it is given."""
+    try:
+        wrong = signatures.mistakes(objective)
+    except UserError as error:
+        wrong = [error]
+    for told in wrong:
+        place = marks.get(f"{path}.{told.where}") or marks.get(path, where)
+        reader.error(f"{path}: {told.what}", why=told.why, hint=told.hint, where=place)
 
 
 def template(name: str, path: str, reader: Reader, where: str = "") -> bool:
@@ -111,7 +124,11 @@ def check_profile(profile: Profile, reader: Reader) -> None:
         for other in data.concat:
             single = [n for n, d in profile.data.items() if n != name and not d.concat]
             known(other, single, "data set", f"{path}.concat", reader)
-        if data.source is not None and (data.rows or data.expect) is None and not isinstance(data.keys.get("rows"), int):
+        said = data.keys.get("rows")
+        counted = isinstance(said, int) and not isinstance(said, bool)
+        if said is not None and not counted:
+            reader.error(f"{path}.keys: rows {said!r}", why="a whole number is expected", at=f"{path}.keys")
+        elif data.source is not None and (data.rows or data.expect) is None and not counted:
             hint = "add `rows:` or `expect:`, or `keys: {rows: ...}` where the source takes it"
             reader.error(f"{path}: no number of rows", why="batch arithmetic needs it", hint=hint, at=path)
 
@@ -131,7 +148,7 @@ def _existing(asset: Any, path: str, reader: Reader) -> None:
         refused = families.refusal(asset.prompts, asset.remote_code)
         if refused is not None:
             reader.error(f"{path}: {asset.prompts!r} can't be asked", why=refused[0], hint=refused[1], at=f"{path}.prompts")
-    if asset.remote_code and asset.revision is None and asset.checkpoint and not Path(asset.checkpoint).is_dir():
+    if asset.remote_code and asset.revision is None and asset.checkpoint and not os.path.isdir(asset.checkpoint):
         why = "what its code does may change any day"
         reader.error(f"{path}: `remote_code` without `revision`", why=why, hint="revision: the commit whose code you read", at=path)
 

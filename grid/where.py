@@ -41,7 +41,7 @@ def parse_where(text: str, keys: Iterable[str], at: str = "") -> tuple[Clause, .
             )
         if key not in known:
             raise UserError(f"where names {key!r}", why="neither an axis nor row, source, init, name", hint=nearest(key, known), where=at)
-        if key == "row" and key not in keys and not all(value.isdigit() for value in values):
+        if key == "row" and key not in keys and not all(value.isdecimal() for value in values):
             raise UserError(f"cannot read the clause {part!r} of where {text!r}", why="a row is a number", hint="row!=2", where=at)
         clauses.append(Clause(key, values, negated))
     return tuple(clauses)

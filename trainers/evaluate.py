@@ -29,6 +29,7 @@ from typing import Any
 from datasets_ray.benchmarks import stem
 from datasets_ray.choices import DEFAULT_K
 from datasets_ray.errors import Parser, UserError, run_command
+from datasets_ray.files import given_object, json_object
 from datasets_ray.images import CLIP_MEAN, CLIP_STD
 from trainers import question_sets
 from trainers.context import Cache, Context
@@ -47,10 +48,12 @@ def read_model(directory: Path) -> tuple[dict[str, Any], dict[str, Path]]:
     """(ModelSpec, where each stage that it names lies) of a train stage's artefact."""
     if not (directory / "model.json").is_file():
         raise UserError(f"{directory} is no trained model", why="model.json is missing", hint="the artefact directory of a train stage")
-    spec = json.loads((directory / "model.json").read_text())
-    if spec["family"] not in FAMILIES:
+    spec = json_object(directory / "model.json")
+    if spec.get("family") not in FAMILIES:
         hint = "--benchmarks of labelled images classify with a CLIP; python -m trainers.mine compares"
-        raise UserError(f"a model of family {spec['family']!r} answers no questions", hint=hint)
+        raise UserError(f"a model of family {spec.get('family')!r} answers no questions", hint=hint)
+    if not isinstance(spec.get("parts"), dict) or not all("weights" in part for part in spec["parts"].values()):
+        raise UserError("model.json names no parts", why="it is not as a train stage writes it", where=str(directory / "model.json"))
     inputs: dict[str, Path] = {}
     for name, part in spec["parts"].items():
         stage = part["weights"].get("stage")
@@ -78,8 +81,7 @@ def model_of(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Pat
 def recipe_of(spec: dict[str, Any], given: str | None) -> dict[str, Any] | None:
     """The ImageRecipe: as given (JSON or a file), else LLaVA's finetuning one (padded) in the size of an open_clip encoder."""
     if given is not None:
-        text = Path(given).read_text() if not given.lstrip().startswith("{") else given
-        return json.loads(text)
+        return given_object(given, "--recipe")
     if "encoder" not in spec["parts"]:
         return None
     vision = spec["parts"]["encoder"]["config"].get("vision_cfg")
@@ -93,11 +95,11 @@ def contrastive(model: str) -> bool:
     """Whether MODEL is a CLIP: a trained one, an open_clip export, one that transformers saved, or ARCHITECTURE:WEIGHTS."""
     folder = Path(model)
     if (folder / "model.json").is_file():
-        return json.loads((folder / "model.json").read_text()).get("family") == "clip"
+        return json_object(folder / "model.json").get("family") == "clip"
     if (folder / "open_clip_config.json").is_file() or (not folder.is_dir() and ":" in model):
         return True
     config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") in ("clip", "siglip")
+    return config.is_file() and json_object(config).get("model_type") in ("clip", "siglip")
 
 
 def files_of(directory: Path) -> list[Any]:

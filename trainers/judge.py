@@ -205,8 +205,11 @@ def wrong_url(url: str) -> str | None:
     """What is wrong with an endpoint's URL, or None."""
     try:
         parts = urlsplit(url)
+        _ = parts.port  # read only now
     except ValueError:
         return "url can't be read"
+    if not url.isprintable() or " " in url:
+        return f"url {url!r} holds a blank"
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return f"url {url!r} is no http(s) address"
     if parts.username or parts.password or parts.query:

@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 
 from datasets_ray.encoding import Stats
 from datasets_ray.errors import Parser, UserError, run_command
+from datasets_ray.files import given_object, json_object
 from datasets_ray.images import CLIP_MEAN, CLIP_STD, recipe_from_json
 from datasets_ray.pipeline import ImageTask
 from datasets_ray.rows import RowTable, open_rows, row, write_rows
@@ -46,14 +47,16 @@ def resolve(model: str, weights: str | None, revision: str | None = None) -> tup
     """(ModelSpec of family clip, ImageRecipe, inputs) of what the command line names."""
     folder = Path(model)
     if (folder / "model.json").is_file():
-        spec = json.loads((folder / "model.json").read_text())
+        spec = json_object(folder / "model.json")
         if spec.get("family") != "clip":
             raise UserError(f"{model} is of family {spec.get('family')!r}", why="similarities need a text tower", hint="a clip model")
         here = folder.resolve().name
         spec["parts"]["encoder"]["weights"] = {"stage": here, "part": "encoder"}
         return spec, _recipe(spec["parts"]["encoder"]["config"], {}), {here: folder}
     if (folder / "open_clip_config.json").is_file():
-        exported = json.loads((folder / "open_clip_config.json").read_text())
+        exported = json_object(folder / "open_clip_config.json")
+        if not isinstance(exported.get("model_cfg"), dict):
+            raise UserError("open_clip_config.json has no model_cfg", why="it is not as open_clip saves it", where=str(folder))
         part = {"builder": "open_clip", "config": exported["model_cfg"], "weights": {"checkpoint": str(folder), "revision": None}}
         return {"family": "clip", "parts": {"encoder": part}}, _recipe(exported["model_cfg"], exported.get("preprocess_cfg", {})), {}
     if folder.is_dir():
@@ -72,7 +75,7 @@ def resolve(model: str, weights: str | None, revision: str | None = None) -> tup
 def _released(folder: Path) -> dict[str, Any]:
     """ModelSpec of a CLIP or SigLIP that transformers saved. UserError for any other directory."""
     config = folder / "config.json"
-    kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+    kind = json_object(config).get("model_type") if config.is_file() else None
     builder = {"clip": "open_clip", "siglip": "transformers_vision"}.get(str(kind))
     if builder is None:
         why = f"its config.json says {kind!r}" if kind else "it holds neither model.json, open_clip_config.json nor config.json"
@@ -83,10 +86,10 @@ def _released(folder: Path) -> dict[str, Any]:
 
 def released_recipe(folder: Path) -> dict[str, Any]:
     """ImageRecipe of transformers' CLIP (shortest side, centre crop) or SigLIP (squashed), by config.json and preprocessor_config.json."""
-    config, file = json.loads((folder / "config.json").read_text()), folder / "preprocessor_config.json"
+    config, file = json_object(folder / "config.json"), folder / "preprocessor_config.json"
     vision = {"image_size": 224, "patch_size": 32 if config["model_type"] == "clip" else 16, **(config.get("vision_config") or {})}
     usual = (CLIP_MEAN, CLIP_STD, "crop") if config["model_type"] == "clip" else ((0.5,) * 3, (0.5,) * 3, "squash")
-    said = json.loads(file.read_text()) if file.is_file() else {}
+    said = json_object(file) if file.is_file() else {}
     mean, std = said.get("image_mean", usual[0]), said.get("image_std", usual[1])
     sizes = {"kind": "square", "size": vision["image_size"], "patch": vision["patch_size"], "fit": usual[2]}
     return {**sizes, "mean": list(mean), "std": list(std)}
@@ -221,8 +224,12 @@ def labels_of(path: str | None, rows: RowTable) -> list[str]:
     """Class names: a JSON list or a line each; without a file the rows' own classes."""
     if path is None:
         return rows.manifest["classes"] or sorted({label for label in rows.column("label") if label})
-    text = Path(path).read_text()
-    names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if text.lstrip().startswith("[") else [line.strip() for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path} can't be read", why=why, hint="a JSON list of names, or one name a line") from None
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} holds no class names", why="a JSON list of strings or one name a line")
     return names
@@ -236,7 +243,7 @@ def mine(options: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     spec, image, inputs = resolve(options.model, options.weights, options.revision)
     if options.recipe:
-        image = json.loads(options.recipe if options.recipe.lstrip().startswith("{") else Path(options.recipe).read_text())
+        image = given_object(options.recipe, "--recipe")
     ctx = Context({"id": "mine", "spec": {}}, out, out / "work", lambda name: inputs[name], device=options.device)
     model = load_model(spec, image, options.precision, ctx)
     refuse(options.arm_encoder, spec, model, ctx)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from datasets_ray import benchmarks
 from datasets_ray.choices import QUESTION, build_from_similarities
 from datasets_ray.errors import UserError
 from datasets_ray.prompts import SUFFIX
+from datasets_ray.rows import read_manifest
 from datasets_ray.sources import build
 
 TEMPLATE = "a photo of a {}"
@@ -152,7 +152,7 @@ def settled(made: Path) -> Path:
 
 def facts(directory: Path) -> str:
     """What of a benchmark's rows a reader must know: how many, and what is left out."""
-    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest = read_manifest(directory)
     parts = [f"{manifest['rows']:,} questions"]
     if subset := manifest.get("subset"):
         parts.append(f"a subset: {subset['found']:,} of {subset['expected']:,}")

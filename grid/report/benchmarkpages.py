@@ -23,9 +23,11 @@ from grid.report.table import (
     rows_page,
 )
 from grid.report.tables import marks_of, title_of
-from grid.results import NOT_RUN, Results, Score
+from grid.results import NOT_RUN, Arm, Results, Score
 
 MOST_PARTS = 60
+SCORE = ("value", "± se", "n", "valid %", "chance", "images permuted")
+"""What a page tells of a score, a column each."""
 
 
 def render(results: Results, benchmark: str, pages: set[str], home: str) -> str:
@@ -44,24 +46,25 @@ def render(results: Results, benchmark: str, pages: set[str], home: str) -> str:
 
 
 def _arms(results: Results, benchmark: str) -> Table:
-    columns = [Column("arm", numeric=False), *map(Column, ("value", "± se", "n", "valid %", "chance", "images permuted"))]
-    table = Table("arms", "Every arm", columns, marks=marks_of(results))
+    table = Table("arms", "Every arm", [Column("arm", numeric=False), *map(Column, SCORE)], marks=marks_of(results))
     for arm in results.arms:
-        score, control, page = arm.scores.get(benchmark), arm.controls.get(benchmark), rows_page(arm.name, benchmark)
-        cells = [Cell(arm.name, href=arm_page(arm.name))]
-        if score is None:
-            reason = arm.missing.get(benchmark, NOT_RUN)
-            cells.append(Cell(NOT_RUN, reason=reason) if benchmark in arm.not_run else number(None, reason=reason))
-            cells += [Cell("") for _ in columns[2:]]
-        else:
-            none = str(score.told.get("no_chance") or "")
-            cells += [number(score.value, score.said, page), number(score.stderr, href=page), Cell(str(score.n or ""), href=page)]
-            cells.append(number(None if score.valid is None else 100 * score.valid, href=page))
-            cells.append(number(score.chance, href=page, reason=none))
-            permuted = control_page(arm.name, benchmark)
-            cells.append(number(control.value, href=permuted) if control else Cell(""))
-        table.rows.append(cells)
+        table.rows.append([Cell(arm.name, href=arm_page(arm.name)), *score_cells(arm, benchmark)])
     return table
+
+
+def score_cells(arm: Arm, benchmark: str) -> list[Cell]:
+    """An arm's score under the titles of `SCORE`, with links to its rows; why there is none in the first cell."""
+    score, control, page = arm.scores.get(benchmark), arm.controls.get(benchmark), rows_page(arm.name, benchmark)
+    if score is None:
+        reason = arm.missing.get(benchmark, NOT_RUN)
+        absent = Cell(NOT_RUN, reason=reason) if benchmark in arm.not_run else number(None, reason=reason)
+        return [absent, *(Cell("") for _ in SCORE[1:])]
+    return [
+        number(score.value, score.said, page), number(score.stderr, href=page), Cell(str(score.n or ""), href=page),
+        number(None if score.valid is None else 100 * score.valid, href=page),
+        number(score.chance, href=page, reason=str(score.told.get("no_chance") or "")),
+        number(None if control is None else control.value, href=control_page(arm.name, benchmark), reason="no control for this arm"),
+    ]  # fmt: skip
 
 
 def _parts(results: Results, benchmark: str) -> Table | None:

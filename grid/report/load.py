@@ -8,6 +8,7 @@ each absent score with its reason.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,15 @@ from typing import Any
 import numpy as np
 
 from datasets_ray.errors import UserError
+from grid.jsonl import read_lines
 from grid.report.published import load_published, published_folder
 from grid.results import NOT_RUN, Answers, Arm, Results, Score
-from grid.rundir import read_json
+from grid.rundir import read_plan
 from grid.stats import sample
 
 TRIFLE = 0.01
 """Share of a benchmark's rows that may be lost (and is counted) before its numbers are those of a subset."""
+DAMAGED = "damaged; run the study again with the same --out"
 AGREEMENT = 0.01
 """Percentage points by which a stored value may differ from the one recomputed from its rows."""
 
@@ -33,17 +36,17 @@ def load_run(directory: str | Path) -> Results:
     if not (out / "plan.json").is_file():
         why = "plan.json is missing" if out.is_dir() else "there is no such folder"
         raise UserError(f"{out} is no run directory", why=why, hint="give the --out directory of a grid.run")
-    plan = read_json(out / "plan.json", "study", "stages", "arms")
+    plan = read_plan(out / "plan.json")
     run = _json(out / "run.json") or {}
     store = _store(out, run, plan)
-    study = plan.get("study", {})
+    study = plan["study"]
     groups = {name: tuple(members) for name, members in plan.get("groups", {}).items()}
     results = Results(study.get("name", out.name), groups, [], contrasts=list(plan.get("contrasts", [])), study=study, directory=out)
     results.store, results.run = store, {**run, "summary": _json(out / "summary.json") or {}}
-    results.stages = {stage["id"]: {**stage, "done": _json(store / stage["id"] / "DONE.json")} for stage in plan.get("stages", [])}
+    results.stages = {stage["id"]: {**stage, "done": _json(store / stage["id"] / "DONE.json")} for stage in plan["stages"]}
     results.study = {**study, "subsets": _subsets(results)}
     failures = _failures(out)
-    for planned in [*plan.get("arms", []), *plan.get("references", [])]:
+    for planned in [*plan["arms"], *plan.get("references", [])]:
         results.arms.append(_arm(planned, results, failures))
     results.arms.sort(key=lambda arm: (arm.row is None, arm.row or 0))
     grouped = {b for members in groups.values() for b in members}
@@ -148,8 +151,11 @@ def _score(stage: str, results: Results, what: str) -> Score | str | None:
     answers = read_answers(path) if path.is_file() else None
     metric = found.get("metric", "accuracy")
     chance = found.get("chance")
+    value = found.get("value")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{folder / 'scores.json'}: value is {value!r}", why="a number is expected", hint=DAMAGED)
     score = Score(
-        float(found["value"]),
+        float(value),
         metric,
         found.get("rule"),
         found.get("n"),
@@ -180,7 +186,12 @@ def read_answers(path: Path) -> Answers:
     import pyarrow.parquet as pq
 
     wanted = ["id", "label", "options", "letter", "valid", "correct", "guess", "share", "unit", "stratum"]
-    table = pq.ParquetFile(path).read(columns=wanted)  # absent ones are left out
+    try:
+        table = pq.ParquetFile(path).read(columns=wanted)  # absent ones are left out
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} can't be read", why=str(error).splitlines()[0], hint=DAMAGED) from None
+    if missing := [name for name in wanted[:6] if name not in table.column_names]:
+        raise UserError(f"{path} was not written by a score stage", why=f"it has no {missing[0]!r}", hint=DAMAGED)
     options = table.column("options")
     if pa.types.is_list(options.type) or pa.types.is_large_list(options.type):
         counts = pc.list_value_length(options).fill_null(0).to_numpy(zero_copy_only=False)
@@ -200,8 +211,8 @@ def read_answers(path: Path) -> Answers:
 def _failures(out: Path) -> dict[str, str]:
     """stage id → the message it failed with for good, from the run's ledger (a later success or fresh try takes it back)."""
     found: dict[str, str] = {}
-    for event in _lines(out / "ledger.jsonl"):
-        if event.get("event") == "fail" and event.get("final"):
+    for event in read_lines(out / "ledger.jsonl"):
+        if event.get("event") == "fail" and event.get("final") and "stage" in event:
             found[event["stage"]] = (str(event.get("message", "")).strip().splitlines() or ["failed"])[0]
         elif event.get("event") in ("finish", "reset"):
             found.pop(event.get("stage", ""), None)
@@ -243,22 +254,15 @@ def _text(notice: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
+    """The object in a file of the run; None where there is no such file."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON", why=str(error), hint="damaged; run the study again with the same --out") from None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a torn last line is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    except OSError as error:
+        raise UserError(f"{path} can't be read", why=error.strerror or str(error), hint=DAMAGED) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON", why=str(error), hint=DAMAGED) from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no object", why=f"it holds {str(found)[:40]!r}", hint=DAMAGED)
+    return found

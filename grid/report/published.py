@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ GROUPS: dict[str, tuple[str, ...]] = {"fine_grained": ("imagenet", "flowers", "p
 ROUNDING = 0.101
 """Printed averages have one decimal: half a step each for the average and its columns."""
 SUFFIX = "_ablation.csv"
+SOURCES = ("trained", "released")
+NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def published_folder() -> Path:
@@ -52,21 +55,21 @@ def load_published(table: Path, beside: Path | None = None, title: str = "") -> 
     first = min((columns.index(c) for c in [*GROUPS, *sum(GROUPS.values(), ())] if c in columns), default=len(columns))
     axes = [c for c in columns[:first] if c not in ("row", "source")]
     results = Results(title or f"published: {table.name.removesuffix(SUFFIX).replace('_', '-')}", benchmarks, [])
+    lines: dict[int, int] = {}
     for line, cells in rows:
         at = f"{table}:{line}"
-        row = _number(cells["row"], "row", at)
-        arm = Arm(
-            f"row-{int(row):02d}" if row is not None else f"line-{line}",
-            {a: cells[a] for a in axes},
-            cells.get("source") or "trained",
-            None if row is None else int(row),
-        )
+        row, source = _row(cells["row"], at), cells.get("source") or "trained"
+        if source not in SOURCES:
+            raise UserError(f"source is {source!r}", why="a model is trained, or released", hint=nearest(source, SOURCES), where=at)
+        arm = Arm(f"row-{row:02d}" if row is not None else f"line-{line}", {a: cells[a] for a in axes}, source, row)
+        if row is not None and (first := lines.setdefault(row, line)) != line:
+            raise UserError(f"row {row} twice", why=f"also in line {first}", hint="rows are numbered once", where=at)
         for name, members in benchmarks.items():
-            printed = _number(cells.get(name, ""), name, at)
+            printed = _points(cells.get(name, ""), name, at)
             if printed is not None:
                 arm.averages[name] = printed
             for benchmark in members:
-                value = _number(cells.get(benchmark, ""), benchmark, at)
+                value = _points(cells.get(benchmark, ""), benchmark, at)
                 if value is None:
                     arm.missing[benchmark] = "not published"
                 else:
@@ -77,6 +80,10 @@ def load_published(table: Path, beside: Path | None = None, title: str = "") -> 
                 results.notices.append(f"{arm.name}: printed {name} {printed:.1f}, its columns average {mean:.2f}; printed is used")
         results.arms.append(arm)
     origin = beside or table
+    seen = [value for arm in results.arms for value in (*arm.averages.values(), *(score.value for score in arm.scores.values()))]
+    if seen and max(seen) <= 1:
+        why = "scores are percentage points, and none of the table's is above 1"
+        raise UserError(f"{table} seems to hold shares", why=why, hint="write 50.5 for 0.505", where=f"{table}:2")
     results.contrasts = _contrasts(_sibling(origin, "_effects.csv"))
     results.steps = _steps(_sibling(origin, "_steps.csv"))
     results.notices += [f"{step['label']}: {step['note']}" for step in results.steps if step["note"]]
@@ -84,32 +91,29 @@ def load_published(table: Path, beside: Path | None = None, title: str = "") -> 
 
 
 def _sibling(table: Path, suffix: str) -> Path:
-    name = table.name.removesuffix(SUFFIX) if table.name.endswith(SUFFIX) else "fine_grained"
+    """The file of that suffix beside a table, else beside the packaged table of its name; another paper's says nothing of this one."""
+    name = table.name.removesuffix(SUFFIX) if table.name.endswith(SUFFIX) else table.stem
     beside = table.with_name(name + suffix)
     return beside if beside.is_file() else published_folder() / (name + suffix)
 
 
 def _contrasts(path: Path) -> list[dict[str, Any]]:
     contrasts = []
-    for line, cells in _read(path) if path.is_file() else []:
+    for line, cells in _read(path, "effect", "axis", "from", "to", "where") if path.is_file() else []:
         at = f"{path}:{line}"
         printed = {name.removesuffix("_pp"): _number(value, name, at) for name, value in cells.items() if name.endswith("_pp")}
         pairs = _number(cells.get("pairs", ""), "pairs", at)
         contrasts.append({
-            "name": cells["effect"],
-            "axis": cells["axis"],
-            "from": cells["from"],
-            "to": cells["to"],
-            "where": cells["where"],
+            "name": cells["effect"], "axis": cells["axis"], "from": cells["from"], "to": cells["to"], "where": cells["where"],
             "printed": {k: v for k, v in printed.items() if v is not None},
             "printed_pairs": None if pairs is None else int(pairs),
-        })
+        })  # fmt: skip
     return contrasts
 
 
 def _steps(path: Path) -> list[dict[str, Any]]:
     steps = []
-    for line, cells in _read(path) if path.is_file() else []:
+    for line, cells in _read(path, "label", "row", "from_row", "note") if path.is_file() else []:
         at = f"{path}:{line}"
         printed = {name: _number(cells.get(name, ""), name, at) for name in GROUPS}
         rows = {key: _number(cells[key], key, at) for key in ("row", "from_row")}
@@ -122,30 +126,61 @@ def _steps(path: Path) -> list[dict[str, Any]]:
     return steps
 
 
-def _read(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line number, cells) of every row."""
+def _read(path: Path, *needed: str) -> list[tuple[int, dict[str, str]]]:
+    """(line number, cells) of every row. needed: columns without which it isn't the table that it should be."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         at = f"{path}:{error.object[: error.start].count(10) + 1}"
         raise UserError(f"{path} is not text", why=f"byte {error.start} is not UTF-8", hint="save it as UTF-8", where=at) from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    rows = [(reader.line_num, {k.strip(): (v or "").strip() for k, v in cells.items() if k is not None}) for cells in reader]
+    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True), []
+    try:
+        columns = [cell.strip() for cell in next(reader, [])]
+        _header(columns, path)
+        for cells in reader:
+            at = f"{path}:{reader.line_num}"
+            if cells and len(cells) != len(columns):
+                why, hint = f"the header has {len(columns)}", "quote a cell that holds a comma"
+                raise UserError(f"{len(cells)} cells", why=why, hint=hint, where=at)
+            if cells:
+                rows.append((reader.line_num, {column: cell.strip() for column, cell in zip(columns, cells)}))
+    except csv.Error as error:
+        raise UserError("not CSV", why=str(error), hint="close every quote", where=f"{path}:{reader.line_num}") from None
     if not rows:
         raise UserError(f"{path} has no rows", hint="a header and at least one row are needed")
+    if missing := [name for name in needed if name not in columns]:
+        raise UserError(f"no column {missing[0]!r}", why=f"they are {', '.join(columns)}", where=f"{path}:1")
     return rows
+
+
+def _header(columns: list[str], path: Path) -> None:
+    if len(columns) == 1 and (other := next((sign for sign in ";\t" if sign in columns[0]), None)):
+        raise UserError(f"columns are separated by {other!r}", why="a comma is expected", hint="save it as plain CSV", where=f"{path}:1")
+    if twice := next((column for column in columns if columns.count(column) > 1), None):
+        raise UserError(f"column {twice!r} is there twice", why="a cell is known by its column", where=f"{path}:1")
 
 
 def _number(text: str, column: str, at: str) -> float | None:
     """An empty cell is never zero: it is None."""
     if not text:
         return None
-    try:
-        number = float(text)
-        if not math.isfinite(number):
-            raise ValueError
-        return number
-    except ValueError:
-        raise UserError(
-            f"{column} is {text!r}", why="a number is needed", hint="leave the cell empty where there is none", where=at
-        ) from None
+    plain = text.rstrip("% ").replace(",", ".") if text.count(",") < 2 else text
+    if NUMBER.fullmatch(text) and math.isfinite(float(text)):
+        return float(text)
+    hint = f"write {plain}" if NUMBER.fullmatch(plain) else "leave the cell empty where there is none"
+    raise UserError(f"{column} is {text!r}", why="a number is needed", hint=hint, where=at)
+
+
+def _row(text: str, at: str) -> int | None:
+    number = _number(text, "row", at)
+    if number is not None and (number < 0 or number != int(number)):
+        raise UserError(f"row is {text!r}", why="rows are counted", hint="a whole number", where=at)
+    return None if number is None else int(number)
+
+
+def _points(text: str, column: str, at: str) -> float | None:
+    """A score in percentage points."""
+    number = _number(text, column, at)
+    if number is not None and not 0 <= number <= 100:
+        raise UserError(f"{column} is {text!r}", why="scores are percentage points, 0 to 100", where=at)
+    return number

@@ -31,7 +31,7 @@ from grid.report.table import (
     slug,
 )  # fmt: skip
 from grid.report.tables import marks_of, title_of
-from grid.results import NOT_RUN, Arm, Results, Score
+from grid.results import Arm, Results, Score
 
 
 def write_pages(results: Results, folder: Path, home: str = "index.html") -> set[str]:
@@ -155,22 +155,11 @@ def _axes(arm: Arm) -> str:
 
 def _arm(results: Results, arm: Arm, pages: set[str], home: str) -> str:
     """An arm's own page: axes, scores with links to rows, training curves, stages."""
-    columns = [Column("benchmark", numeric=False), *map(Column, ("value", "± se", "n", "valid %", "chance", "control"))]
+    columns = [Column("benchmark", numeric=False), *map(Column, benchmarkpages.SCORE)]
     scores = Table("scores", "Scores", columns, marks=marks_of(results))
     for benchmark in results.benchmarks:
-        score, control = arm.scores.get(benchmark), arm.controls.get(benchmark)
-        page, permuted = rows_page(arm.name, benchmark), control_page(arm.name, benchmark)
-        cells = [Cell(title_of(benchmark), href=page)]
-        if score is None:
-            reason = arm.missing.get(benchmark, NOT_RUN)
-            absent = Cell(NOT_RUN, reason=reason) if benchmark in arm.not_run else number(None, reason=reason)
-            cells += [absent, *(Cell("") for _ in range(5))]
-        else:
-            valid = None if score.valid is None else 100 * score.valid
-            cells += [number(score.value, score.said, page), number(score.stderr, href=page), Cell(str(score.n or ""), href=page)]
-            cells += [number(valid, href=page), number(score.chance, href=page, reason=str(score.told.get("no_chance") or ""))]
-            cells.append(number(None if control is None else control.value, href=permuted, reason="no control for this arm"))
-        scores.rows.append(cells)
+        asked = Cell(title_of(benchmark), href=rows_page(arm.name, benchmark))
+        scores.rows.append([asked, *benchmarkpages.score_cells(arm, benchmark)])
     for group in results.groups:
         mean = number(arm.value(group, results.groups), "", "#scores", arm.reason(group, results.groups))
         scores.rows.append([Cell(f"mean: {title_of(group)}"), mean, *(Cell("") for _ in range(5))])

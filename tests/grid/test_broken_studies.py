@@ -198,3 +198,56 @@ def test_from_a_shell_there_is_no_traceback(tmp_path):
     done = subprocess.run([sys.executable, "-m", "grid", "plan", study, "--profile", profile], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert "study.yaml:3: sead: unknown key" in done.stderr and "Traceback" not in done.stderr
+
+
+OWN = """\
+from somewhere import Elsewhere
+
+class Own(Protocol):
+    def __init__(self, weight: float, *, stream: str = "text", other=None): ...
+
+class Any_(Elsewhere):
+    pass
+
+class Loose:
+    def __init__(self, **keys): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("objective", "says", "hint"),
+    [
+        ("{name: next_token, strem: text}", "objective 'next_token' has no key 'strem' (it takes stream, most_logits)", "'stream'?"),
+        ("{name: next_token, most_logits: many}", "most_logits of objective 'next_token' is 'many' (a whole number is expected)", ""),
+        ("{name: contrastive, scale: 2}", "objective 'contrastive' has no key 'scale' (it takes none)", "{name: contrastive}"),
+        ("{name: 'mine:Own', weight: 2, strean: x}", "'mine:Own' has no key 'strean' (it takes weight, stream, other)", "'stream'?"),
+        ("{name: 'mine:Own'}", "objective 'mine:Own' without weight", "add `weight: ...`"),
+        ("{name: 'mine:Owm', weight: 1}", "objective 'mine:Owm': mine has no class 'Owm'", "'Own'?"),
+        ("{name: 'mine:Own', weight: true}", "weight of objective 'mine:Own' is True (a number is expected)", ""),
+        *((text, "", "") for text in (
+            "{name: 'mine:Own', weight: 1, stream: text, other: [3]}", "{name: 'mine:Any_', whatever: 1}", "{name: 'mine:Loose', x: 1}",
+            "{name: 'mine:Elsewhere', x: 1}", "{name: 'not_here:Thing', x: 1}", "{name: next_token, stream: text}",
+        )),
+    ],
+)  # fmt: skip
+def test_keys_that_an_objective_does_not_take_are_told_by_the_plan_and_nothing_is_imported(objective, says, hint, tmp_path, monkeypatch):
+    """What only running the code would tell is left to the check."""
+    import sys
+
+    from datasets_ray.errors import UserErrors
+    from grid import signatures
+    from grid.plan import make_plan
+
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    signatures.keys_of.cache_clear()
+    study, profile = write(tmp_path, changed(STUDY, "    batch: 8", f"    batch: 8\n    objective: {objective}"))
+    if not says:
+        assert make_plan(study, profile=profile)["arms"]
+    else:
+        with pytest.raises(UserErrors) as told:
+            make_plan(study, profile=profile)
+        (error,) = told.value.errors
+        assert says in str(error) and hint in error.hint and error.where.endswith("study.yaml:12"), str(error)
+    assert "mine" not in sys.modules
+    signatures.keys_of.cache_clear()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,3 +81,72 @@ def test_the_models_probe_runs_in_its_own_process_and_downloads_nothing():
     tokenizer = {"name": "tiny-qwen2", "template": "chatml", "vocabulary": 1536}
     answer = probe.ask("models", {"tokenizers": [tokenizer], "checkpoints": [{"checkpoint": "nobody/nothing", "revision": None}]}, 250)
     assert [failure["what"] for failure in answer["failures"]] == ["checkpoint nobody/nothing is not on this machine"]
+
+
+def test_a_disk_too_small_for_the_kept_pixels_is_noted_with_a_way_out(run, tmp_path, monkeypatch):
+    """8 GiB of a disk of 16, of which 2 stay free: less than the stages and pixels_mb take together, and no failure."""
+    monkeypatch.setenv("FINEGRID_PIXELS", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=16 * 2**30, free=8 * 2**30))
+    code, said = run(STUDY, grown(PROFILE), "--set", "resources.pixels_mb=8192")
+    assert code == 0, said
+    (note,) = [line for line in said.splitlines() if "pixels_mb" in line]
+    assert note.startswith(f"      note: pixels_mb lets decoded images take 8.0 GiB at {tmp_path}, where there is room for ")
+    assert "beside the stages" in note and "FINEGRID_PIXELS=DIR on a larger disk, or --set resources.pixels_mb=" in note
+    room = int(note.rpartition("=")[2].rstrip(")"))
+    assert 5 * 1024 < room < 6 * 1024
+    said = run(STUDY, grown(PROFILE), "--set", f"resources.pixels_mb={room - 1}")[1]
+    assert "note" not in said and f"decoded images: at most {(room - 1) / 1024:.1f} GiB at {tmp_path}" in said
+    assert "decoded images" not in run(STUDY, grown(PROFILE), "--set", "resources.pixels_mb=0")[1]
+
+
+def test_pixels_that_can_not_be_kept_are_noted(run, tmp_path, monkeypatch):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    monkeypatch.setenv("FINEGRID_PIXELS", str(locked))
+    real = check.os.access
+    monkeypatch.setattr(check.os, "access", lambda path, mode: str(path) != str(locked) and real(path, mode))
+    code, said = run(STUDY, grown(PROFILE))
+    assert code == 0 and f"{locked}, which can't be written" in said and "--set resources.pixels_mb=0" in said
+
+
+def released(tmp_path, **preprocessing):
+    """A profile whose strong encoder is a checkpoint on disk with these files."""
+    folder = tmp_path / "eye"
+    folder.mkdir(exist_ok=True)
+    for name, content in preprocessing.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    of_its_own = f"  strong:\n    builder: transformers_vision\n    image: {{size: 32, patch: 8}}\n    checkpoint: {folder}\n"
+    before, rest = grown(PROFILE).split("  strong:\n")
+    return before + of_its_own + "  miner:\n" + rest.split("  miner:\n")[1], folder
+
+
+def test_pixels_that_a_checkpoint_was_not_trained_with_fail_unless_the_profile_says_them(run, tmp_path):
+    """A hub's checkpoint is read by what its name says; the files that were downloaded say otherwise."""
+    profile, folder = released(tmp_path, preprocessor_config={"image_mean": [0.1] * 3, "image_std": [0.2] * 3})
+    study = STUDY.replace("zeroshot: true", "zeroshot: false")
+    assert run(study, profile)[0] == 0  # a local directory's files are what the plan takes
+    by_hand = profile.replace("patch: 8}\n    checkpoint", "patch: 8, mean: [0, 0, 0], std: [1, 1, 1]}\n    checkpoint")
+    code, said = run(study, by_hand)
+    assert code == 0 and "note: encoders.strong.image: mean [0.0, 0.0, 0.0], std [1.0, 1.0, 1.0], but its preprocessor_config.json" in said
+    fed = {"at": "encoders.eye.image", "said": False, "mean": [0.5] * 3, "std": [0.5] * 3}
+    request = {"tokenizers": [], "checkpoints": [{"checkpoint": str(folder), "revision": None, "fed": [fed]}]}
+    (failure,) = probe.models(request)["failures"]
+    assert failure["what"].endswith("but its preprocessor_config.json says [0.1, 0.1, 0.1], [0.2, 0.2, 0.2]")
+    assert failure["hint"] == "encoders.eye.image: {mean: [0.1, 0.1, 0.1], std: [0.2, 0.2, 0.2]}"
+    (folder / "preprocessor_config.json").write_text("{")
+    code, said = run(study, profile)
+    assert code == 1 and "encoders.strong.image: what" in said and "of its pixels can't be read" in said
+
+
+def test_an_objective_from_outside_is_loaded(run, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("raise ImportError('no such thing here')\nclass Own:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    study = changed(STUDY, "    batch: 8", "    batch: 8\n    objective: {name: 'mine:Own'}")
+    code, said = run(study, grown(PROFILE))
+    assert code == 1 and "objective 'mine:Own' can't be loaded (no such thing here)" in said
+
+
+def test_more_options_than_classes_are_told_before_anything_is_mined(run):
+    """The drawn flowers have twelve species or fewer than 26."""
+    code, said = run(changed(STUDY, "k: 4", "k: 26"), grown(PROFILE))
+    assert code == 1 and "benchmark birds: mining.k is 26, birds has " in said and "--set mining.k=" in said, said

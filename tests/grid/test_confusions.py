@@ -19,8 +19,8 @@ from grid import report
 from grid.report import confusions
 from grid.report.load import load_run
 from grid.results import Answers, Arm, Results, Score
+from tests.grid.pages import Page
 from tests.grid.synthetic_run import make_run, small_plan
-from tests.grid.test_report import Page
 
 LETTERS = "ABC"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from grid import identity, profile, study
+from grid import identity, profile, recipe, study
 from grid.identity import CLASSES, IDENTITY, RUNTIME, STRUCTURE
 from grid.plan import make_plan
 from tests.grid.studies import PROFILE, STUDY, changed, write
@@ -15,7 +15,7 @@ from tests.grid.studies import PROFILE, STUDY, changed, write
 
 def configuration() -> Iterator[str]:
     """Every `Class.field` of study and profile files."""
-    for module in (study, profile):
+    for module in (study, recipe, profile):
         for kind in vars(module).values():
             if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__ and kind is not profile.Asset:
                 yield from (f"{kind.__name__}.{field.name.rstrip('_')}" for field in dataclasses.fields(kind))

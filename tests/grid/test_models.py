@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,64 @@ def test_pixels_are_normalised_as_the_kind_of_encoder_was_trained(kind, mean, tm
         stages = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-12"], sets=[one])["stages"]
         image = next(stage["spec"]["data"]["image"] for stage in stages if stage["name"] == "finetune row-12")
         assert image["mean"] == (mean or clip) and image["size"] == 384
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "mean", "assumed"),
+    [
+        ("google/siglip-so400m-patch14-384", 0.5, False), ("google/siglip2-base-patch16-224", 0.5, False),
+        ("facebook/dinov2-large", 0.485, False), ("facebook/dinov2-with-registers-base", 0.485, False),
+        ("openai/clip-vit-large-patch14-336", 0.48145466, False), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", 0.48145466, False),
+        ("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", 0.5, False), ("somebody/eye", 0.48145466, True),
+    ],
+)  # fmt: skip
+def test_an_encoder_named_by_its_hub_id_alone_has_its_familys_pixels_or_an_assumption_says_so(checkpoint, mean, assumed):
+    one = f"encoders.clip-vit-l-14-336={{image: {{size: 384, patch: 14}}, builder: transformers_vision, checkpoint: {checkpoint}}}"
+    plan = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-12", "row-15"], sets=[one])
+    image = next(stage["spec"]["data"]["image"] for stage in plan["stages"] if stage["name"] == "finetune row-12")
+    assert image["mean"][0] == mean
+    told = [entry for entry in plan["study"]["assumptions"] if entry["key"].startswith("encoders.")]
+    assert [entry["key"] for entry in told] == ["encoders.clip-vit-l-14-336.image.mean"] * assumed
+    assert all("somebody/eye" in entry["text"] and entry["value"][0] == mean for entry in told)
+    others = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-11"], sets=[one])["study"]["assumptions"]
+    assert not [entry for entry in others if entry["key"].startswith("encoders.")], "of encoders that are planned only"
+
+
+def test_the_paper_study_assumes_no_pixels():
+    for profile in ("cluster", "gpu", "tiny"):
+        plan = make_plan(EXPERIMENTS / "full_ablation.yaml", profile=profile)
+        assert not [entry for entry in plan["study"]["assumptions"] if entry["key"].endswith(".image.mean")], profile
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "mean"),
+    [
+        ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}, [0.1, 0.2, 0.3]),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}}, [0.1, 0.2, 0.3]),
+        ("open_clip_config.json", {"model_cfg": {}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3]}}, [0.1, 0.2, 0.3]),
+        ("open_clip_config.json", {"model_cfg": {}, "preprocess_cfg": {"size": 224}}, [0.48145466, 0.4578275, 0.40821073]),
+    ],
+)
+def test_a_local_checkpoints_own_files_say_how_its_pixels_are_normalised(file, content, mean, tmp_path):
+    (tmp_path / file).write_text(json.dumps(content))
+    one = f"encoders.clip-vit-l-14-336={{image: {{size: 384, patch: 14}}, builder: transformers_vision, checkpoint: {tmp_path}}}"
+    plan = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-12"], sets=[one])
+    image = next(stage["spec"]["data"]["image"] for stage in plan["stages"] if stage["name"] == "finetune row-12")
+    assert image["mean"] == mean and not [a for a in plan["study"]["assumptions"] if a["key"].startswith("encoders.")]
+
+
+def test_a_siglip_by_its_hub_id_classifies_by_itself():
+    one = (
+        "encoders.clip-vit-l-14-336={image: {size: 384, patch: 14}, builder: transformers_vision, "
+        "checkpoint: google/siglip-so400m-patch14-384}"
+    )
+    stages = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-12"], sets=[one])["stages"]
+    assert any(stage["kind"] == "zeroshot" for stage in stages)
+
+
+def test_a_released_vlm_is_asked_with_its_towers_pixels(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "vision_config": {"model_type": "siglip_vision_model"}}))
+    sets = [f"models.llava-1.5-7b.checkpoint={tmp_path}", "models.llava-1.5-7b.revision=null", "models.llava-1.5-7b.shape=null"]
+    plan = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-01"], sets=sets)
+    image = next(stage["spec"]["image"] for stage in plan["stages"] if stage["kind"] == "predict")
+    assert image["mean"] == [0.5] * 3 and image["size"] == 336

@@ -1,13 +1,10 @@
-"""More kinds of broken study; settings, folders and tables that can't be: one clear error each with its place, exit 1, no traceback."""
+"""More kinds of broken study, and settings that can't be: one clear error each with its place, exit 1, no traceback."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 
 from grid import cli, load, options, plan
-from grid import run as run_command
 from tests.grid.studies import PROFILE, STUDY, changed, write
 
 PHASES = "phases: [{until: 1.0, learning_rates: {connector: 1e-3, llm: 1e-3}}]\ntemplates"
@@ -30,18 +27,54 @@ ODD: dict[str, tuple[str, str, str, str, str]] = {
         "study", PHASES, PHASES.replace("connector: 1e-3", "connector: .nan"), "study.yaml:17", "nan is impossible",
     ),
     "a phase that trains nothing": ("study", PHASES, PHASES.replace("connector: 1e-3, llm: 1e-3", ""), "study.yaml:17", "no learning rate"),
+    "a seed of thousands of digits": ("study", "seed: 3", f"seed: {'9' * 5000}", "study.yaml:3", "seed is the number inf"),
+    "epochs of hundreds of digits": (
+        "study", "    epochs: 1\n    batch: 8", f"    epochs: {'9' * 400}\n    batch: 8", "study.yaml:10", "inf is impossible",
+    ),
+    "steps without end": (
+        "study", "    epochs: 1\n    batch: 8", f"    steps: {10**28}\n    batch: 8", "study.yaml:10", "at most 1000000000 steps",
+    ),
+    "a thousand levels": ("study", "seed: 3", f"seed: {'[' * 1000}{']' * 1000}", "study.yaml:3", "more than 100 levels"),
+    "levels that the parser dies of": ("study", "seed: 3", f"seed: {'[' * 99_999}", "study.yaml:3", "more than 100 levels"),
+    "dashes that it dies of": ("study", "seed: 3", f"seed:\n  {'- ' * 99_999}1", "study.yaml:4", "more than 100 levels"),
+    "aliases that multiply": (
+        "study", "seed: 3", "seed:\n" + "\n".join(f"  - &a{n} [{', '.join([f'*a{n - 1}' if n else '1'] * 9)}]" for n in range(9)),
+        "study.yaml:4", "more than 500,000 values (do aliases of aliases multiply?)",
+    ),
+    "a choice that is a list": (
+        "study", "    batch: 8", "    batch: 8\n    schedule: [cosine]", "study.yaml:12", "schedule: ['cosine'] is not a choice",
+    ),
+    "a name that formats": ("study", "{name: first}", "{name: '{encoder:>99999999999}'}", "study.yaml:33", "can't be filled"),
+    "a name that looks inside": ("study", "{name: first}", "{name: '{encoder.__class__}'}", "study.yaml:33", "did you mean 'encoder'?"),
+    "a name of no row": ("study", "{name: first}", "{name: 'r{row}'}", "study.yaml:33", "can't be filled: {row}"),
+    "an objective of no module": (
+        "study", "    batch: 8", "    batch: 8\n    objective: {name: '..:x'}", "study.yaml:12", "is no `module:Class`",
+    ),
     "phases that don't rise": ("study", "{until: 0.2,", "{until: 1.0,", "study.yaml:28", "doesn't rise"),
     "no phases": ("study", PHASES, "phases: []\ntemplates", "study.yaml:17", "no phase at all"),
     "endless epochs": ("study", "    epochs: 1\n    batch: 8", "    epochs: .inf\n    batch: 8", "study.yaml:10", "inf is impossible"),
     "an objective of NaN": (
         "study", "    batch: 8", "    batch: 8\n    objective: {name: next_token, weight: .nan}", "study.yaml:12", "nan is impossible",
     ),
+    "a study made for a misspelt profile": ("study", "seed: 3", "seed: 3\nmade_for: tinny", "study.yaml:4", "did you mean 'tiny'?"),
     "an axis without values": ("study", "  encoder: [weak, strong]", "  encoder: []", "study.yaml:20", "has no values"),
     "an axis of an unknown recipe key": (
         "study", "{pretrain.data: captions}", "{pretrain.dat: captions}", "study.yaml:24", "did you mean 'data'?",
     ),
     "an axis that undoes another": (
         "study", "short: {pretrain.data: captions}", DEEP, "study.yaml:26", "to different values, the other at study.yaml:24",
+    ),
+    "an unused value of an unknown recipe key": (
+        "study", "none: {pretrain.data: none}", "none: {pretrain.dat: none}", "study.yaml:23", "did you mean 'data'?",
+    ),
+    "an unused value of no recipe key": (
+        "study", "none: {pretrain.data: none}", "none: {pretran.data: none}", "study.yaml:23", "did you mean 'pretrain",
+    ),
+    "a judge at no port": (
+        "study", "seed: 3", "seed: 3\nevaluation: {judge: {url: 'http://a:99999999/v1', model: b}}", "study.yaml:4", "url can't be read",
+    ),
+    "a judge at two words": (
+        "study", "seed: 3", "seed: 3\nevaluation: {judge: {url: 'http://a b/v1', model: b}}", "study.yaml:4", "holds a blank",
     ),
     "a seed twice": (
         "study", "  - {name: first}\n", "  - {name: other, at: {llm: thinker}, seeds: [1, 1]}\n  - {name: first}\n",
@@ -71,6 +104,22 @@ ODD: dict[str, tuple[str, str, str, str, str]] = {
     "text for a width": ("profile", "hidden_size: 32", "hidden_size: wide", "profile.yaml:39", "a number that can't be"),
     "an unknown source": (
         "profile", "  words: {source: specimens", "  words: {source: specimen", "profile.yaml:59", "did you mean 'specimens'?",
+    ),
+    "no layers": ("profile", "num_hidden_layers: 2", "num_hidden_layers: 0", "profile.yaml:39", "num_hidden_layers 0: a whole number"),
+    "half a layer": ("profile", "num_hidden_layers: 2", "num_hidden_layers: 2.5", "profile.yaml:39", "num_hidden_layers 2.5: a whole"),
+    "pixels divided by zero": (
+        "profile", "  weak:\n    seed: 1\n    image: {size: 32, patch: 8}",
+        "  weak:\n    seed: 1\n    image: {size: 32, patch: 8, std: [0.2, 0, 0.2]}", "profile.yaml:8", "pixels are divided by it",
+    ),
+    "rows that are a word": ("profile", "corpus, rows: 50", "corpus, rows: true", "profile.yaml:59", "rows True (a whole number"),
+    "more rows than there could be": ("profile", "corpus, rows: 50", f"corpus, rows: {10**20}", "profile.yaml:59", "no more than"),
+    "a checkpoint of no name": ("profile", "checkpoint: nowhere/elder", "checkpoint: ''", "profile.yaml:50", "no directory and no hub id"),
+    "a checkpoint of too long a name": (
+        "profile", "checkpoint: nowhere/elder", f"checkpoint: {'x' * 5000}", "profile.yaml:50", "no directory and no hub id",
+    ),
+    "another builder's architecture": (
+        "profile", "  weak:\n    seed: 1\n", "  weak:\n    seed: 1\n    builder: transformers_vision\n",
+        "profile.yaml:10", "config is open_clip's",
     ),
     "no rows": ("profile", "part: corpus, rows: 50", "part: corpus, rows: 0", "profile.yaml:59", "at least one row"),
     "keys of a set of sets": (
@@ -102,23 +151,12 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "no arm": (["--arms", "zz*"], "--arms 'zz*' matches no arm"),
     "one arm of two": (["--arms", "first", "thirt"], "did you mean 'third'?"),
     "an unknown flag": (["--sett", "a=b"], "did you mean '--set'?"),
+    "a flag without its value": (["--set"], "argument --set: expected one argument\n  hint: python -m grid.plan --help"),
+    "an item of no number": (["--set", "arms.²=3"], "nothing can be set at '²'"),
+    "no profile's name": (["--profile", ""], "--profile is empty"),
+    "a cluster as large as memory": (["--simulate", "999999999x8"], "a cluster of 7,999,999,992 GPUs (at most 1,000,000"),
     "a second study": (["other.yaml"], "unrecognized arguments: other.yaml"),
 }
-
-
-@pytest.fixture
-def refused(tmp_path, capsys, monkeypatch):
-    """Runs a command that must end with a message; the message."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(main, words: list[str]) -> str:
-        with pytest.raises(SystemExit) as leaving:
-            options.run(main, words)
-        said = capsys.readouterr()
-        assert leaving.value.code == 1 and "Traceback" not in said.err
-        return said.err
-
-    return run
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -150,6 +188,25 @@ def test_each_odd_setting_gives_one_error(kind, tmp_path, refused):
 def test_a_benchmark_called_as_a_path_is_refused(tmp_path, refused):
     write(tmp_path, study=changed(STUDY, "  counts: {data: counts}", "  ../counts: {data: counts}\n  counts: {data: counts}"))
     assert "study.yaml:41: benchmarks.../counts: '../counts' is no name" in refused(plan.main, ["study.yaml", "--profile", "profile.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("  counts: {data: counts}", "  how many: {data: counts}\n  counts: {data: counts}", "benchmarks.how many: 'how many' is no name"),
+        ("{fine: [birds]", "{Façade réel: [birds], fine: [birds]", "groups.Façade réel: 'Façade réel' is no name"),
+        ("study: small", 'study: "small\\n"', "study: 'small\\n' is no name"),
+        ("  - {name: first}", "  - {name: first one}\n  - {name: first}", "name 'first one' is no name"),
+        ("  - {name: first}", f"  - {{name: {'x' * 300}}}\n  - {{name: first}}", "is no name"),
+    ],
+)
+def test_a_name_that_is_none_comes_with_one_that_is(old, new, says, tmp_path, refused):
+    """Spaces, letters of other alphabets, an end of line, too many letters."""
+    write(tmp_path, study=changed(STUDY, old, new))
+    said = refused(plan.main, ["study.yaml", "--profile", "profile.yaml"])
+    assert says in said and said.count("is no name") == 1, said
+    instead = said.split("at most 100; '")[1].split("' would be one")[0]
+    assert instead in ("how-many", "Facade-reel", "small", "first-one", "x" * 100)
 
 
 def test_settings_come_one_by_one_or_together_and_reach_into_lists(tmp_path):
@@ -198,53 +255,6 @@ def test_doubts_agree_with_the_effects_that_a_report_would_find():
     assert all(matched_pairs(results.arms, parse_contrast(given, results.axes)) for given in results.contrasts)
     experiments = Path(__file__).resolve().parents[2] / "experiments"
     assert plan.make_plan(experiments / "full_ablation.yaml", profile="tiny")["study"]["doubts"] == []
-
-
-def test_folders_that_a_run_cannot_have(tmp_path, refused):
-    write(tmp_path)
-    words = ["study.yaml", "--profile", "profile.yaml", "--out"]
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "run.json").write_text("{")
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "run.json").write_text('{"a": 1}')
-    for out, says in {
-        "file": "is a file", "file/x": "can't be written", "other": "it holds other files", "damaged": "can't be read",
-        "foreign": "was not written by grid.run",
-    }.items():  # fmt: skip
-        assert says in refused(run_command.main, [*words, out])
-    assert (tmp_path / "other" / "notes.txt").read_text() == "mine"
-    assert "file is a file" in refused(run_command.main, [*words, "new", "--set", "store=file"])
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"study": 1}', "\xff"])
-def test_a_folder_that_is_no_run_is_told(text, tmp_path, refused):
-    from grid import status
-    from grid.report.load import load_run
-
-    (tmp_path / "plan.json").write_bytes(text.encode("latin-1"))
-    (tmp_path / "run.json").write_text(json.dumps({"state": "finished", "epoch": 1}))
-    assert "plan.json" in refused(status.main, ["."])
-    assert "plan.json" in refused(lambda words: load_run(words[0]), ["."])
-    assert "no such folder" in refused(lambda words: load_run(words[0]), ["nowhere"])
-
-
-def test_published_tables_that_cannot_be(tmp_path, refused):
-    from grid.report.published import load_published
-
-    head = "row,source,encoder,fine_grained\n"
-    for text, says in {
-        "a,b\n1,2\n": "t.csv:1: ", f"{head}1,trained,x,abc\n": "t.csv:2: fine_grained is 'abc'",
-        f"{head}1,trained,x,nan\n": "t.csv:2: fine_grained is 'nan'",
-        head: "has no rows", "\xff\xfe": "is not UTF-8",
-    }.items():  # fmt: skip
-        (tmp_path / "t.csv").write_bytes(text.encode("latin-1"))
-        assert says in refused(lambda words: load_published(tmp_path / "t.csv"), [])
-    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbf" + f"{head}1,trained,x,50.5\r\n".encode())
-    (arm,) = load_published(tmp_path / "t.csv").arms
-    assert arm.row == 1 and arm.averages == {"fine_grained": 50.5}
 
 
 def test_every_command_of_the_readme_has_its_word():

@@ -12,7 +12,7 @@ import pytest
 from datasets_ray import yamlfile
 from datasets_ray.errors import UserError, UserErrors
 from datasets_ray.schema import Reader, explain, option
-from grid import cli, keys, load, profile, study, validate_profile
+from grid import cli, keys, load, profile, recipe, study, validate_profile
 from grid.plan import make_plan
 from grid.settings import Settings
 from tests.grid.studies import PROFILE, STUDY, changed, write
@@ -71,7 +71,7 @@ def test_reader_collects_all_mistakes():
 
 
 def test_every_key_of_study_and_profile_says_what_it_means():
-    for module in (study, profile):
+    for module in (study, recipe, profile):
         for kind in vars(module).values():
             if dataclasses.is_dataclass(kind):
                 assert kind.__doc__ and not kind.__doc__.startswith(f"{kind.__name__}(")

@@ -56,3 +56,43 @@ def test_the_command_is_predict_and_score(tmp_path: Path, capsys: pytest.Capture
     kit.clip_part(tmp_path / "clip")
     with pytest.raises(UserError, match="answers no questions"):
         evaluate.main([str(tmp_path / "clip"), *arguments[1:]])
+
+
+@pytest.mark.parametrize("name", ["model.json", "config.json", "open_clip_config.json"])
+@pytest.mark.parametrize(("text", "says"), [("{", "can't be read"), ("[1]", "holds no object"), ("\xff", "can't be read")])
+def test_a_model_whose_files_are_torn_is_told(name: str, text: str, says: str, tmp_path: Path) -> None:
+    """By the command that asks it, the one that exports it and the one that mines with it."""
+    from trainers import export, mine
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / name).write_bytes(text.encode("latin-1"))
+    model, root = str(folder), str(tmp_path)
+    mined = ["--model", model, "--images", root, "--labels", str(tmp_path / "names.txt"), "--out", str(tmp_path / "mined")]
+    asked = [model, "--benchmarks", "pope", "--data-root", root, "--out", str(tmp_path / "asked")]
+    commands = [(mine.main, mined)]
+    commands += [(evaluate.main, asked)] if name != "open_clip_config.json" else []
+    commands += [(export.main, [model, str(tmp_path / "exported")])] if name == "model.json" else []
+    for command, words in commands:
+        with pytest.raises(UserError, match=f"{name} {says}"):
+            command(words)
+
+
+def test_what_a_flag_holds_is_told_where_it_is_no_json(tmp_path: Path) -> None:
+    from trainers.evaluate import recipe_of
+
+    (tmp_path / "r.json").write_text("{")
+    spec = {"parts": {"encoder": {"config": {}}}}
+    told = {"{": "--recipe is no JSON", str(tmp_path / "r.json"): "r.json can't be read", "nowhere.json": "can't be read"}
+    for given, says in told.items():
+        with pytest.raises(UserError, match=says):
+            recipe_of(spec, given)
+    assert recipe_of(spec, '{"kind": "square"}') == {"kind": "square"}
+
+
+def test_a_torn_manifest_of_rows_is_told(tmp_path: Path) -> None:
+    from datasets_ray.rows import open_rows
+
+    (tmp_path / "manifest.json").write_text('{"rows"')
+    with pytest.raises(UserError, match="manifest.json can't be read"):
+        open_rows(str(tmp_path))

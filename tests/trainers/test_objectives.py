@@ -167,7 +167,7 @@ def test_names_find_objectives():
     assert isinstance(load_objective({"name": "tests.trainers.training_kit:TwoStreams", "weight": 0.1}), kit.TwoStreams)
     mistakes = {
         "next_token": {"name": "next_tokens"}, "can't be loaded": {"name": "trainers.step:Nothing"},
-        "margin": {"name": "contrastive", "margin": 1},
+        "margin": {"name": "contrastive", "margin": 1}, "most_logits is 0": {"name": "next_token", "most_logits": 0},
     }  # fmt: skip
     for said, spec in mistakes.items():
         with pytest.raises(UserError, match=said):

@@ -6,12 +6,12 @@ plan.json and run.json of the run, and the finished stages of its store.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError, nearest
+from datasets_ray.files import json_object
 from trainers.evaluate import read_model, recipe_of
 
 FAMILIES = ("vlm", "qwen2_vl")
@@ -39,7 +39,7 @@ class Arm:
     def read(self, stage: str, file: str) -> dict[str, Any]:
         """A JSON file of a finished stage; {} where there is none."""
         path = None if self.store is None else self.store / stage / file
-        return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+        return json_object(path) if path is not None and path.is_file() else {}
 
 
 def open_arm(path: Path, recipe: str | None = None, precision: str | None = None) -> Arm:
@@ -62,7 +62,7 @@ def open_arm(path: Path, recipe: str | None = None, precision: str | None = None
 
 def _of_run(path: Path) -> Arm:
     run, name = _split(path)
-    plan, about = _json(run / "plan.json"), _json(run / "run.json") if (run / "run.json").is_file() else {}
+    plan, about = json_object(run / "plan.json"), json_object(run / "run.json") if (run / "run.json").is_file() else {}
     entries = {entry["name"]: entry for entry in [*plan.get("arms", []), *plan.get("references", [])]}
     if name not in entries:
         what = f"no arm {name!r} in {run}" if name else f"{run} holds {len(entries)} arms"
@@ -98,10 +98,3 @@ def _split(path: Path) -> tuple[Path, str]:
     if path.parent.name == "arms" and (path.parent.parent / "plan.json").is_file():
         return path.parent.parent, path.name
     raise UserError(f"{path} is no arm of a run", why="no plan.json above it, no model.json in it", hint="RUN_DIR/ARM")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path.name} can't be read", why=str(error), where=str(path)) from None

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from datasets_ray.errors import UserError
 from trainers import switches
 from trainers.batch import NOT_LEARNED, TensorBatch, TensorPack
 from trainers.objectives.base import Output
@@ -47,6 +48,8 @@ class NextToken:
     gathers: tuple[str, ...] = ()
 
     def __init__(self, stream: str = "text", most_logits: int = CHUNK_LOGITS) -> None:
+        if most_logits < 1:
+            raise UserError(f"most_logits is {most_logits}", why="it is the largest number of logits held at once", hint="leave it out")
         self.stream, self.most = stream, most_logits
         self.streams: dict[str, str | dict[str, str]] = {stream: "conversation"}
 

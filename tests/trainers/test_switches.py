@@ -32,11 +32,6 @@ WITNESSES: dict[str, tuple[Any, str, tuple[str, ...]]] = {
 """Switch → what runs only with the optimisation, as (where, name), and what has to be off for it to be seen."""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return kit.vlm(tmp_path_factory.mktemp("model")).train()
-
-
 def calls(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[int]:
     """Grows by one whenever the function is called."""
     seen: list[int] = []
@@ -157,11 +152,11 @@ def test_a_train_stage_does_without_what_its_profile_names(tmp_path: Path, monke
     assert switches.on("packs"), "the switch is the stage's"
 
 
-def test_prefixes_are_read_again_without_their_switch(tmp_path: Path) -> None:
+def test_questions_are_answered_alike_without(tmp_path: Path) -> None:
     asked = evaluation_kit.questions(tmp_path / "asked", 40)
     model = evaluation_kit.talkative(tmp_path / "talkative")
     found, read = {}, {}
-    for plain in ((), ("prefixes",), ("all",)):
+    for plain in ((), ("offsets",), ("prefixes",), ("all",)):
         spec: dict[str, Any] = {
             "model": model, "questions": "asked", "image": evaluation_kit.IMAGE, "suffix": evaluation_kit.SUFFIX,
             "method": ["first_token", "likelihood"], "max_new_tokens": 4, "precision": "fp32",
@@ -172,8 +167,8 @@ def test_prefixes_are_read_again_without_their_switch(tmp_path: Path) -> None:
         read[plain] = summary["read_tokens"]
         table = parquet.read_table(ctx.out / "predictions.parquet").to_pydict()
         found[plain] = {name: table[name] for name in ("text", "likelihood_text_raw_letter", "likelihood_letter_raw_letter")}
-    assert found[()] == found[("prefixes",)] == found[("all",)]
-    assert read[()] < read[("prefixes",)] == read[("all",)] == summary["prompt_tokens"]
+    assert found[()] == found[("offsets",)] == found[("prefixes",)] == found[("all",)]
+    assert read[()] == read[("offsets",)] < read[("prefixes",)] == read[("all",)] == summary["prompt_tokens"]
 
 
 def test_a_misspelt_switch_says_which_one_is_meant() -> None:
@@ -183,3 +178,20 @@ def test_a_misspelt_switch_says_which_one_is_meant() -> None:
     with switches.without(["lean"]), switches.without(["packs"]):
         assert not switches.on("lean") and not switches.on("packs") and switches.on("fused")
     assert all(switches.on(name) for name in switches.SWITCHES)
+
+
+LAWS = {
+    "segments": "test_loss_and_gradient_are_the_plain_path_s", "logits": "test_loss_and_gradient_are_the_plain_path_s",
+    "lean": "test_loss_and_gradient_are_the_plain_path_s", "layers": "test_loss_and_gradient_are_the_plain_path_s",
+    "products": "test_loss_and_gradient_are_the_plain_path_s", "images": "test_text_alone_needs_no_encoder",
+    "fused": "test_the_fused_step_is_the_plain_one", "packs": "test_a_train_stage_does_without_what_its_profile_names",
+    "pixels": "test_a_train_stage_does_without_what_its_profile_names", "features": "test_train_features",
+    "offsets": "test_questions_are_answered_alike_without", "prefixes": "test_questions_are_answered_alike_without",
+}  # fmt: skip
+"""Switch → the test that turns it off, or the file whose tests do."""
+
+
+def test_every_switch_has_its_law() -> None:
+    assert LAWS.keys() == switches.SWITCHES.keys()
+    assert {name for name, law in LAWS.items() if "plain_path_s" in law} == WITNESSES.keys()
+    assert all(law in globals() or (Path(__file__).parent / f"{law}.py").is_file() for law in LAWS.values())

@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from tests.bench.figure import Figure, NotHere, table, versions
@@ -41,6 +42,7 @@ def main() -> int:
     print(", ".join(f"{name} {version}" for name, version in used.items()), file=sys.stderr, flush=True)
     figures: list[Figure] = []
     seconds: dict[str, float] = {}
+    failed: list[str] = []
     for name in options.names or BENCHMARKS:
         start = time.time()
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -48,19 +50,23 @@ def main() -> int:
             figures += importlib.import_module(f"tests.bench.{name}").measure(options.repeats)
         except NotHere as error:
             figures.append(Figure(name, "", note=str(error)))
+        except Exception as error:  # the others are measured all the same
+            traceback.print_exc()
+            figures.append(Figure(name, "", note=f"FAILED: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"))
+            failed.append(name)
         seconds[name] = round(time.time() - start, 1)
         print(f"{name}: {seconds[name]:.0f} s", file=sys.stderr, flush=True)
     print(table(figures))
-    write(options.out, figures, seconds, used)
-    return 0
+    write(options.out, figures, seconds, used, beside=bool(options.names))
+    return 1 if failed else 0
 
 
-def write(folder: Path, figures: list[Figure], seconds: dict[str, float], used: dict[str, str]) -> None:
-    """Today's file, with what of today wasn't measured again."""
+def write(folder: Path, figures: list[Figure], seconds: dict[str, float], used: dict[str, str], beside: bool) -> None:
+    """Today's file; beside: with what of today wasn't measured again."""
     folder.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
     path = folder / f"{today}.json"
-    before = json.loads(path.read_text()) if path.is_file() else {"figures": [], "seconds": {}}
+    before = json.loads(path.read_text()) if beside and path.is_file() else {"figures": [], "seconds": {}}
     kept = [f for f in before["figures"] if f["name"] not in {figure.name for figure in figures}]
     record = {
         "date": today, "python": platform.python_version(), "machine": platform.machine(), "cores": len(os.sched_getaffinity(0)),

@@ -8,6 +8,7 @@ So two sides take turns without warming, filling or slowing each other, and each
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -78,8 +79,14 @@ def resident() -> float:
 
 
 def peak() -> float:
-    """The most MiB that this process has held."""
+    """The most MiB that this process has held since `forget_peak`, or ever."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def forget_peak() -> None:
+    """The peak begins anew, where the kernel lets a process say so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from tests.bench.figure import Figure, in_turn, ratios
-from tests.bench.side import Side, peak, resident
+from tests.bench.side import Side, forget_peak, peak, resident
 
 BATCH, STEPS, PASSES = 16, 12, 2
 POOL, MEGABATCH = 3200, 50
@@ -133,6 +133,7 @@ class Ours:
         self.train([list(range(BATCH))] * 2)
         self.engine.destroy()
         self.read(vocabulary, POOL)
+        forget_peak()
         self.before = resident(), peak()
         self.open(folder)
 
@@ -202,6 +203,7 @@ class Peer:
         self.open(smaller)
         self.train([list(range(BATCH))] * 2)
         self.read(vocabulary, POOL)
+        forget_peak()
         self.before = resident(), peak()
         self.open(folder)
 

@@ -6,7 +6,6 @@ In: a dataset's context, or its batches. Out: the same dataset, quicker. Seen in
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +15,7 @@ LOOK_SECONDS = 0.03
 AHEAD_BYTES, MOST_AHEAD = 16 << 20, 8
 """A task goes on while so much of it, or so many blocks, waits to be taken; two blocks in any case."""
 _STATE = "ray.data._internal.execution.streaming_executor_state"
+_usual: list[float] = []
 
 
 def hurry(context: Any, step_bytes: int) -> None:
@@ -54,7 +54,8 @@ def next_of(batches: Iterator[Any]) -> Any:
         state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = usual  # type: ignore[attr-defined]
 
 
-@functools.cache
 def _usual_seconds() -> float | None:
-    """How often Ray Data looks, asked before it is changed for the first time."""
-    return getattr(sys.modules.get(_STATE), "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", None)
+    """How often Ray Data looks, asked before it is changed for the first time; None before its module is there."""
+    if not _usual and (found := getattr(sys.modules.get(_STATE), "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", None)) is not None:
+        _usual.append(found)
+    return _usual[0] if _usual else None

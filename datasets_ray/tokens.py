@@ -104,11 +104,12 @@ class _Kit:
     def _name(self, piece: Piece) -> str:
         if piece.literal:
             return piece.text
-        if piece.text not in self.named:
+        known = self.named.get(piece.text)
+        if known is None:
             if len(self.named) >= MOST_NAMED:
                 self.named.clear()
-            self.named[piece.text] = self.pattern.sub(lambda found: self.names[found[0]], piece.text)
-        return self.named[piece.text]
+            known = self.named[piece.text] = self.pattern.sub(lambda found: self.names[found[0]], piece.text)
+        return known
 
     def written(self, rendered: Rendered) -> str:
         """What the backend is given."""

@@ -56,6 +56,8 @@ class LedgerCore:
         self.since: dict[str, float] = {}
         self.not_before: dict[str, float] = {}
         self.paused_until, self.pause = 0.0, 0.0
+        self.delay: dict[str, float] = {}
+        """Stage → how long it waited after it last found a disk full."""
         self.journal = Journal(self.folder)
         self.lanes: dict[str, dict[str, Any]] = {}
         self.notices: list[str] = []
@@ -126,17 +128,19 @@ class LedgerCore:
             self.reason[stage] = failure["message"]
             self._block()
         elif kind == "full":
-            self._make_room(failure["message"])
+            self._make_room(stage, failure["message"])
         elif kind not in {"interrupted", "lost"}:
             self.notices.append(f"{name}: attempt {self.tried[stage]} of {limit} failed ({kind}: {failure['message']}); it is tried again")
 
-    def _make_room(self, message: str) -> None:
-        """A disk is full: nothing starts for a while, and no attempt is counted, however long it takes."""
-        if self.clock() < self.paused_until:
-            return  # another lane found the same
-        self.pause = min(LONGEST_PAUSE, 2 * self.pause or PAUSE)
-        self.paused_until = self.clock() + self.pause
-        self.notices.append(f"a disk is full ({message}): make room; nothing is lost, and it is tried again in {self.pause:.0f} s")
+    def _make_room(self, stage: str, message: str) -> None:
+        """A disk is full: nothing starts for a while, this stage longer each time, so that smaller ones go before it. No attempt is counted,
+        however long it takes."""
+        if self.clock() >= self.paused_until:  # else another lane found the same
+            self.pause = min(LONGEST_PAUSE, 2 * self.pause or PAUSE)
+            self.paused_until = self.clock() + self.pause
+            self.notices.append(f"a disk is full ({message}): make room; nothing is lost; next try in {self.pause:.0f} s")
+        self.delay[stage] = min(LONGEST_PAUSE, 2 * self.delay.get(stage, 0.0) or PAUSE)
+        self.not_before[stage] = max(self.paused_until, self.clock() + self.delay[stage])
 
     def busy(self, lane: str, stage: str, message: str, seconds: float) -> None:
         """Another live run has the lease: the lane does something else, the stage is offered again a little later."""
@@ -155,7 +159,7 @@ class LedgerCore:
         """A worker group (re)started: whatever it had under way was lost with its processes."""
         restarted = lane in self.lanes
         self.lanes.setdefault(lane, {"failures": 0, "dead": False})
-        self.lanes[lane].update(world=world, warm=set(), progress={})
+        self.lanes[lane].update(world=world, warm=set(), progress={}, starts=self.lanes[lane].get("starts", 0) + 1)
         for stage in [i for i, holder in self.lane_of.items() if holder == lane]:
             self.fail(lane, stage, {"kind": "infrastructure", "message": f"a worker of {lane} died", "marks": {"begin": self.since[stage]}})
         event = "lane_restarted" if restarted else "lane_up"

@@ -37,7 +37,8 @@ class LedgerActor:
     # ---- lanes
 
     async def claim(self, lane: str) -> dict[str, Any] | None:
-        while True:
+        starts = self._starts(lane)
+        while starts == self._starts(lane):  # else its worker is gone, and another one asks for itself
             grant = self.core.claim(lane)
             if grant is not None:
                 await self._tell()
@@ -45,6 +46,11 @@ class LedgerActor:
             if self.core.closed or self.core.stop or self.core.lanes.get(lane, {}).get("dead"):
                 return None
             await self._wait(0.5)
+        return None
+
+    def _starts(self, lane: str) -> int:
+        """How often a worker group of this lane has started."""
+        return self.core.lanes.get(lane, {}).get("starts", 0)
 
     async def finish(self, lane: str, stage: str, report: dict[str, Any]) -> None:
         self.core.finish(lane, stage, report)

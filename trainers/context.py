@@ -44,10 +44,12 @@ class Cache:
             self._items.popitem(last=False)
         return value
 
-    def drop(self, prefix: str = "", keep: str | None = None) -> None:
-        """Forgets what is under this prefix, but for the key `keep`."""
-        for key in [k for k in self._items if k.startswith(prefix) and k != keep]:
+    def drop(self, prefix: str = "", keep: str | None = None) -> int:
+        """Forgets what is under this prefix, but for the key `keep`; how many."""
+        dropped = [k for k in self._items if k.startswith(prefix) and k != keep]
+        for key in dropped:
             del self._items[key]
+        return len(dropped)
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Context:
     @property
     def runtime(self) -> dict[str, Any]:
         """Knobs that can't change the result: zero, offload, micro_tokens, checkpoint_steps, activation_checkpointing, eval_batch,
-        device_tflops (of the data sheet), features (whether encoder outputs are kept), plain (`trainers.switches`)."""
+        device_tflops (of the data sheet), features (whether encoder outputs are kept), disable (`trainers.switches`)."""
         return self.stage.get("runtime", {})
 
     @contextmanager

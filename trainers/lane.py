@@ -17,9 +17,11 @@ import gc
 import json
 import logging
 import os
-import random
+import shutil
+import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from trainers.store import Lease, LeaseBusy, Owner, Store
 from trainers.warm import warm
 
 BEAT_SECONDS = 1.0
+FULL_BYTES = 256 << 20
+"""A disk with less room than this is full."""
 log = logging.getLogger(__name__)
 
 
@@ -128,13 +132,19 @@ class Lane:
                 ray.get(self.ledger.busy.remote(self.name, stage, str(busy), busy.seconds))
                 continue
             except OSError as error:
-                ray.get(self.ledger.fail.remote(self.name, stage, failures.classify(error).to_json()))
+                failure = failures.classify(error)
+                if failure.kind == failures.INFRASTRUCTURE:  # a share that doesn't answer for a while
+                    ray.get(self.ledger.busy.remote(self.name, stage, failure.message, 5.0))
+                else:
+                    ray.get(self.ledger.fail.remote(self.name, stage, failure.to_json()))
                 continue
             return {**grant, "token": self.lease.token, "begin": time.time()}
 
     def _attempt(self, grant: dict[str, Any]) -> None:
         """One attempt at one stage, from grant to finish or failure, on every rank."""
         import ray
+
+        from trainers import rng
 
         stage, number = grant["stage"], self.count
         collective = stages.KINDS[stage["kind"]].collective if stage["kind"] in stages.KINDS else False
@@ -149,7 +159,7 @@ class Lane:
         failure: failures.Failure | None = None
         begin = time.time()
         try:
-            seed_all()
+            rng.begin_alike()
             summary = stages.load(stage["kind"])(stage["spec"], ctx) or {}
         except Exception as error:
             failure = failures.classify(error)
@@ -173,13 +183,22 @@ class Lane:
         if failure is None:
             self.told = self.ledger.finish.remote(self.name, stage["id"], {"marks": marks})
         else:
+            if failure.kind == failures.FULL and not self._disk_is_full():
+                failure = replace(failure, kind=failures.INFRASTRUCTURE)
             with contextlib.suppress(OSError):  # a full disk; the run takes its own lease over
                 lease.release()
             if failure.damaged:
-                self.store.discard(failure.damaged)
+                with contextlib.suppress(OSError):
+                    self.store.discard(failure.damaged)
             ray.get(self.ledger.fail.remote(self.name, stage["id"], {**failure.to_json(), "marks": marks}))
         del hold
         self.asked = self.ledger.claim.remote(self.name)  # decided while this process cleans up
+
+    def _disk_is_full(self) -> bool:
+        """Whether one of the places that a stage writes to has no room, while what it wrote still lies there. Others say the same words:
+        shared memory of collectives, the limit of watched files."""
+        places = (self.store.root, self.metrics, Path(tempfile.gettempdir()))
+        return any(shutil.disk_usage(place).free < FULL_BYTES for place in places if place.exists())
 
     def _agree(self, number: int, failure: failures.Failure | None, grant: dict[str, Any]) -> failures.Failure | None:
         """All ranks learn whether all succeeded. Raises GroupBroken when one of them can't be reached or collectives don't match."""
@@ -289,19 +308,6 @@ class Lane:
             for other in range(1, self.world):
                 self.channel.wait(f"left/{other}", 5.0)
         self.channel.close()
-
-
-def seed_all() -> None:
-    """The same random state at the start of every stage, so that nothing depends on what this process ran before."""
-    import numpy as np
-    import torch
-
-    random.seed(0)
-    np.random.seed(0)
-    torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace for every device that isn't there, 2 ms each time
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(0)
-    torch.set_grad_enabled(True)
 
 
 def title(name: str) -> None:

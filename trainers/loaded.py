@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Any
 
+from trainers import switches
 from trainers.context import Context
 from trainers.models import build
 
@@ -18,11 +19,12 @@ def identity(value: Any) -> str:
 
 def load_model(model: dict[str, Any], image: dict[str, Any] | None, precision: str, ctx: Context) -> Any:
     """A ModelSpec's model on the stage's device, in eval mode. Only the last one asked for is kept, so that two never share the memory."""
-    key = "model:" + identity([model, image, precision, ctx.device])
-    ctx.cache.drop("model:", keep=key)
+    key = "model:" + identity([model, image, precision, ctx.device, switches.on("lean")])
+    dropped = ctx.cache.drop("model:", keep=key)
 
     def make() -> Any:
-        gc.collect()  # modules hold each other: the one before goes now, not after the next stages
+        if dropped:
+            gc.collect()  # modules hold each other: the one before goes now, not after the next stages
         return build(model, ctx, image=image, precision=precision).to(ctx.device).eval()
 
     return ctx.cache.get(key, make)

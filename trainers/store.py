@@ -23,7 +23,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,20 @@ class Store:
         self._verified.discard(stage)
         with self._lock(stage):
             if self.path(stage).exists():
+                lease, token = self._read_lease(stage), self._token(stage)
                 aside = self._make(".tmp") / f"{stage}.discarded.{time.time_ns()}"
                 os.rename(self.path(stage), aside)
-                if lease := self._read_lease(stage):  # of whoever finished it: its time is over
-                    self._write_lease(stage, {**lease, "expires": 0.0})
                 shutil.rmtree(aside, ignore_errors=True)
+                if lease and lease["token"] == token:  # of whoever finished it, not of one who makes it again: its time is over
+                    with suppress(OSError):  # a full disk: it expires by itself
+                        self._write_lease(stage, {**lease, "expires": 0.0})
+
+    def _token(self, stage: str) -> int | None:
+        """The token of the attempt that finished an artefact; None where that can't be read any more."""
+        try:
+            return self.read_done(stage)["token"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def acquire(self, stage: str, owner: Owner, seconds: float = LEASE_SECONDS) -> Lease:
         """Takes the lease, or raises LeaseBusy (another live run has it) or LeaseLost (a newer driver of this run has it).
@@ -138,9 +147,9 @@ class Store:
             if held and held["run"] != owner.run and held["expires"] > now and not self._holder_gone(held):
                 raise LeaseBusy(stage, held, now)
             token = (held["token"] if held else 0) + 1
-            self._write_lease(stage, {"token": token, **vars(owner), "expires": now + seconds})
-            for old in self._make(".tmp").glob(f"{stage}.*"):
+            for old in self._make(".tmp").glob(f"{stage}.*"):  # first: on a full disk it makes the room for what follows
                 shutil.rmtree(old, ignore_errors=True)
+            self._write_lease(stage, {"token": token, **vars(owner), "expires": now + seconds})
             lease = Lease(self, stage, token, owner.run, seconds)
             work = self._make(f".work/{stage}")
             earlier = sorted(path for path in work.iterdir() if path.name.isdigit())
@@ -244,12 +253,11 @@ class Lease:
 
     def release(self) -> None:
         """Gives the lease back unfinished: temporary files go, checkpoints stay. Quiet when it was already lost."""
-        try:
-            with self.held():
-                self._expire()
-        except LeaseLost:
-            return
-        shutil.rmtree(self.out, ignore_errors=True)
+        shutil.rmtree(self.out, ignore_errors=True)  # its name carries the token: nobody else's; and a full disk has room again
+        for partial in self.work.glob(".*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        with suppress(LeaseLost), self.held():
+            self._expire()
 
     def _expire(self) -> None:
         self.store._write_lease(self.stage, {**self.store._read_lease(self.stage), "expires": 0.0})

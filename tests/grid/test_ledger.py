@@ -273,13 +273,26 @@ def test_a_full_disk_pauses_everything_counts_no_attempt_and_is_said_once_a_paus
         ledger.fail("lane-1", other, FULL)
         assert ledger.claim("lane-0") is None and ledger.tried[stage] == 0
         pauses.append(ledger.paused_until - clock.now)
-        clock.now = ledger.paused_until
+        clock.now = max(ledger.not_before.values())
     assert [round(p) for p in pauses] == [15, 30, 60, 120, 240, 480, 600, 600]
     assert len(ledger.notices) == 8 and all("a disk is full" in n and "make room" in n for n in ledger.notices)
-    stage = ledger.claim("lane-0")["stage"]["id"]
-    ledger.finish("lane-0", stage, {})
-    ledger.fail("lane-0", ledger.claim("lane-0")["stage"]["id"], FULL)
-    assert round(ledger.paused_until - clock.now) == 15, "a stage finished: it begins anew"
+
+
+def test_a_stage_that_does_not_fit_lets_smaller_ones_go_first(tmp_path):
+    clock = Clock()
+    ledger = core(tmp_path, *diamond(), done=["base"], attempts=2, clock=clock)
+    large, waits = "t-0", []
+    for small in ("t-1", "s-1"):
+        assert ledger.claim("lane-0")["stage"]["id"] == large
+        ledger.fail("lane-0", large, FULL)
+        waits.append(ledger.not_before[large] - clock.now)
+        clock.now = ledger.not_before[large] - 1  # the pause is over a little earlier, or as long ago as the last finish
+        ledger.paused_until = min(ledger.paused_until, clock.now)
+        assert ledger.claim("lane-0")["stage"]["id"] == small
+        ledger.finish("lane-0", small, {})
+        clock.now += 2
+    assert [round(wait) for wait in waits] == [15, 30] and ledger.tried[large] == 0, "a finish ends the pause, not this stage's waiting"
+    assert ledger.claim("lane-0")["stage"]["id"] == large
 
 
 def test_the_journal_waits_for_room_and_keeps_its_order(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 
 import pytest
 
+from trainers import store as store_module
 from trainers.context import LeaseLost
 from trainers.store import Damaged, LeaseBusy, Owner, Store, process_birth
 
@@ -246,3 +248,36 @@ for i in range(10000):
     (following.out / "a").write_bytes(b"y")
     following.commit({}, 0.0)
     store.verify(following.stage, digests=True)
+
+
+def test_what_filled_the_disk_goes_even_if_nothing_can_be_written(store, monkeypatch):
+    """A lease that can't be given back for want of room holds no bytes; the next attempt frees an earlier one's before it writes."""
+    lease = store.acquire("x", owner())
+    (lease.out / "large").write_bytes(b"0" * 1000)
+    partial = lease.work / ".step-00000001.partial"
+    partial.mkdir()
+    order = []
+
+    def full(path, value):
+        order.append(sorted(p.name for p in (store.root / ".tmp").iterdir()))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        lease.release()
+    assert not lease.out.exists() and not partial.exists()
+    lease.out.mkdir()
+    order.clear()
+    with pytest.raises(OSError, match="No space"):
+        store.acquire("x", owner())
+    assert order == [[]], "nothing of it is left when the new lease is written"
+
+
+def test_discarding_leaves_the_lease_of_one_who_makes_it_again_alone(store, clock):
+    store.acquire("x", owner()).commit({}, 1.0)
+    (store.path("x") / "DONE.json").unlink()
+    clock.now += 100
+    again = store.acquire("x", owner(run="other"))
+    store.discard("x")
+    again.guard()
+    assert store._read_lease("x")["expires"] > store.clock()

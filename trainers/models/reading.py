@@ -76,10 +76,10 @@ def joined(form: Form, weights: Sequence[Tensor | None]) -> Maps:
 
 def prepared(base: nn.Module, layers: Sequence[tuple[Form, Sequence[Tensor | None]]]) -> list[Maps] | None:
     """Each layer's maps from its form and weights, made again when a weight has changed since; None for a model that is too large to be
-    held twice."""
+    held twice, or that trains (an optimiser's writes to `.data` can't be seen)."""
     assert not torch.is_grad_enabled(), "keys and values are kept for prediction only"
     flat = [one for _, weights in layers for one in weights if one is not None]
-    if sum(one.numel() for one in flat) > MOST_PREPARED:
+    if base.training or sum(one.numel() for one in flat) > MOST_PREPARED:
         return None
     stamp = [(one.data_ptr(), one._version) for one in flat]
     known = JOINED.get(base)

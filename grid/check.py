@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from grid import disks, launchers, options, probe
+from grid import disks, launchers, options, probe, towers
 from grid.cost import HEADROOM
 from grid.load import Loaded, load
 from grid.plan import plan
@@ -124,7 +124,7 @@ class Preflight:
         return f"{len(wanted)} tokenizers fit, {len(checkpoints)} checkpoints at hand" + "".join(f"\n      note: {note}" for note in notes)
 
     def _held(self, checkpoints: dict[Any, Any]) -> list[dict[str, Any]]:
-        """Checkpoints, each with the pixels that the profile's assets of it are fed."""
+        """Checkpoints, each with the pixels that the profile's assets of it are fed, and how their image towers are to be built."""
         loaded = self._need(self.loaded)
         fed: dict[Any, list[dict[str, Any]]] = {}
         for path, who in loaded.colours.items():
@@ -132,7 +132,15 @@ class Preflight:
             asset = getattr(loaded.profile, kind)[name]
             pixels = {"at": path, "said": who == "profile", "mean": asset.image.mean, "std": asset.image.std}
             fed.setdefault((asset.checkpoint, asset.revision), []).append(pixels)
-        return [{"checkpoint": name, "revision": revision, "fed": fed.get((name, revision), [])} for name, revision in checkpoints]
+        built: dict[Any, list[dict[str, Any]]] = {}
+        seeing: dict[str, Any] = {f"encoders.{name}": encoder for name, encoder in loaded.profile.encoders.items()}
+        seeing |= {f"models.{name}": model for name, model in loaded.profile.models.items() if model.family == "vlm"}
+        for path, asset in seeing.items():
+            built.setdefault((asset.checkpoint, asset.revision), []).append({"at": path, **towers.request(asset)})
+        return [
+            {"checkpoint": name, "revision": revision, "fed": fed.get((name, revision), []), "towers": built.get((name, revision), [])}
+            for name, revision in checkpoints
+        ]
 
     def _models(self) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
         """(tokenizers with their template and vocabulary, checkpoints by name and revision) of the plan."""
@@ -205,8 +213,8 @@ class Preflight:
         if need > free:
             hint = "--set store=DIR on a larger disk"
             raise Failed([{"what": f"about {need:.1f} GiB needed at {there}, {free:.1f} free", "why": "", "hint": hint}])
-        said, note = disks.pixels(profile.resources.pixels_mb, there, need)
-        more = f"; {said}" * bool(said) + f"\n      note: {note}" * bool(note)
+        said, notes = disks.caches(profile.resources, there, need)
+        more = "".join(f"; {one}" for one in said) + "".join(f"\n      note: {note}" for note in notes)
         return f"about {need:.2f} GiB of {free:.1f} GiB free at {there}{more}"
 
     def launcher(self) -> str:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("trainers.export", "a finished arm as a Hugging Face directory"),
     "download": ("datasets_ray.download", "fetch the images that a data set only names: resumes, checks, records what is dead"),
     "choices": ("datasets_ray.choices", "multiple-choice sets from similarities or annotations"),
+    "benchmarks": ("datasets_ray.benchmarks", "the benchmarks that ship, as a table"),
     "answers": ("datasets_ray.answers", "what an answer rule makes of an answer"),
 }
 

@@ -28,7 +28,7 @@ Colours = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, standard deviation), three channels each."""
 NAMES: tuple[tuple[str, str, Colours], ...] = (
     ("laion/clip-vit-l-14-laion2b-s32b-b82k", "", SIGLIP),
-    ("google/siglip*", "siglip", SIGLIP), ("timm/*siglip*", "", SIGLIP), ("facebook/dinov2*", "dinov2", IMAGENET),
+    ("google/siglip*", "siglip", SIGLIP), ("facebook/dinov2*", "dinov2", IMAGENET),
     ("openai/clip-*", "clip", CLIP), ("laion/clip-*", "", CLIP), ("apple/dfn*", "", CLIP), ("facebook/metaclip*", "clip", CLIP),
     ("timm/*_clip_*.openai", "", CLIP), ("llava-hf/llava-*", "llava", CLIP),
 )  # fmt: skip
@@ -78,7 +78,7 @@ def kind_of(asset: Encoder) -> str:
         return ""
     if not os.path.isdir(asset.checkpoint):
         return _by_name(asset.checkpoint)[0]
-    return str(_object(Path(asset.checkpoint) / "config.json").get("model_type") or "")
+    return str(object_in(Path(asset.checkpoint) / "config.json").get("model_type") or "")
 
 
 def of_files(folder: Path, defaults: bool = True) -> tuple[str, Colours] | None:
@@ -131,7 +131,7 @@ def _told(asset: Encoder | Model, path: str, reader: Reader) -> tuple[Colours, s
 
 def _tower(model: Model) -> str:
     """`model_type` of a released model's vision tower."""
-    whole = _object(Path(model.checkpoint) / "config.json") if model.checkpoint else {}
+    whole = object_in(Path(model.checkpoint) / "config.json") if model.checkpoint else {}
     for said in ((model.shape or {}).get("encoder"), (model.config or {}).get("encoder"), whole.get("vision_config")):
         if isinstance(said, dict) and said.get("model_type"):
             return str(said["model_type"])
@@ -142,7 +142,7 @@ def _by_name(checkpoint: str) -> tuple[str, Colours | None]:
     return next(((kind, colours) for known, kind, colours in NAMES if fnmatchcase(checkpoint.lower(), known)), ("", None))
 
 
-def _object(file: Path) -> dict[str, Any]:
+def object_in(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none: whoever loads the checkpoint tells."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

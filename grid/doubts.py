@@ -1,12 +1,14 @@
 """What a study may say but most likely doesn't mean: a typed study and its arms in, a sentence for each doubt out. Nothing stops for one.
 
-A contrast that no pair of arms answers; arms that train the same; optimisations turned off.
+A contrast that no pair of arms answers; arms that train the same; encoders without a number of their own where benchmarks ask for one;
+optimisations turned off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from grid import towers
 from grid.expand import Arm
 from grid.profile import Profile
 from grid.study import Contrast, Study
@@ -22,10 +24,26 @@ def doubts(study: Study, profile: Profile, arms: Sequence[Arm]) -> list[str]:
             differ = ", ".join(axis for axis in study.axes if arm.axes[axis] != twin.axes[axis])
             why = f"their {differ} sets no key of the recipe to another value" if differ else "what one sets is what the other has anyway"
             found.append(f"arms {twin.name} and {arm.name} train the same: {why}")
-    if profile.resources.plain:
-        off = ", ".join(profile.resources.plain)
-        found.append(f"resources.plain turns off {off}: the same results, later and with more memory than is estimated")
+    found += _silent(study, profile, arms)
+    if profile.resources.disable:
+        off = ", ".join(profile.resources.disable)
+        found.append(f"resources.disable turns off {off}: equal results, later and in more memory than estimated; finished stages stay")
     return found
+
+
+def _silent(study: Study, profile: Profile, arms: Sequence[Arm]) -> list[str]:
+    """Encoders that arms see with and that can't be asked by themselves, where `zeroshot: true` asks them (`Planner.sees_by`)."""
+    asked = [name for name, benchmark in study.benchmarks.items() if benchmark.zeroshot]
+    seen: dict[str, str] = {}
+    for arm in arms if asked else ():
+        released, name = profile.models.get(arm.released or ""), arm.recipe.encoder
+        existing = released is not None and released.family == "existing"
+        if arm.recipe.model is not None or (released is not None and not existing and not arm.stands_in and released.stand_in is None):
+            continue  # a whole model's encoder is a part of it
+        if name not in seen:
+            asset = profile.encoders.get(name)
+            seen[name] = "the profile doesn't have it" if asset is None else "" if towers.classifies(asset) else "it has no text tower"
+    return [f"encoder {name} isn't asked by itself ({', '.join(asked)}: zeroshot): {why}" for name, why in seen.items() if why]
 
 
 def _no_pair(contrast: Contrast, study: Study, arms: Sequence[Arm]) -> str | None:

@@ -20,7 +20,6 @@ from grid.study import ArmEntry, Reference, Study
 
 FIELD = re.compile(r"\{[^{}]*\}|[{}]")
 """A place in the template of a name, or a brace without its other half."""
-SECTIONS = ("pretrain", "finetune", "connector")
 
 
 @dataclass

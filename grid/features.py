@@ -5,7 +5,8 @@
 
 Images are read once for each epoch of each stage that has the same encoder, rows and recipe. What is kept of an image is a token a patch,
 as wide as the encoder. Both figures are a device's seconds, as if one machine made all stages and nothing else were done while features are
-read; kept pixels cost the same either way and aren't counted. Only for encoders that no phase trains and images of one size.
+read; kept pixels cost the same either way and aren't counted. Only for encoders that no phase trains and images of one size. Stages under
+ZeRO 3 on several ranks keep none, as all ranks run the encoder together: they have an entry of their own, which never pays.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Group:
     image_flops: float
     image_bytes: float
     layers: int
+    together: bool = False
     stages: list[Stage] = field(default_factory=list)
     readings: float = 0.0
 
@@ -52,13 +54,15 @@ class Group:
         return {
             "encoder": self.encoder, "rows": self.rows, "image": self.image, "stages": [stage.id for stage in self.stages],
             "flops_share": seen / whole if whole else 0.0, "images": round(self.images), "bytes": round(self.images * self.image_bytes),
-            "readings": self.readings, "saves": saves, "costs": costs, "pays": saves > costs, "kept": False,
+            "readings": self.readings, "saves": saves, "costs": costs, "together": self.together,
+            "pays": saves > costs and not self.together, "kept": False,
         }  # fmt: skip
 
 
 def groups(graph: Graph, estimator: Estimator) -> list[dict[str, Any]]:
-    """One entry for each encoder, rows and recipe that stages of the plan share, whose stages' costs are filled in."""
-    found: dict[tuple[str, str, str], Group] = {}
+    """One entry for each encoder, rows and recipe that stages of the plan share (two where some run it together), whose stages' costs are
+    filled in."""
+    found: dict[tuple[str, str, str, bool], Group] = {}
     texts: dict[int, tuple[Any, str]] = {}
 
     def text(value: Any) -> str:
@@ -73,13 +77,14 @@ def groups(graph: Graph, estimator: Estimator) -> list[dict[str, Any]]:
         shape = estimator.shapes(model).get("encoder")
         if shape is None:
             continue
-        part, (patches, _) = model["parts"]["encoder"], shapes.image_tokens(image)
+        part, (patches, _), together = model["parts"]["encoder"], shapes.image_tokens(image), _together(stage)
         for rows in (graph[name] for name in stage.spec["data"]["rows"]):
-            key = (text(part), rows.id, text(image))
+            key = (text(part), rows.id, text(image), together)
             if key not in found:
                 images, size = rows.rows * rows.facts.get("images", 1.0), patches * shape.width * estimator.bytes
                 name = _name(part, graph, estimator)
-                found[key] = Group(name, rows.name.removeprefix("data "), image, images, shape.forward(patches), size, shape.layers)
+                flops = shape.forward(patches)
+                found[key] = Group(name, rows.name.removeprefix("data "), image, images, flops, size, shape.layers, together)
             found[key].stages.append(stage)
             found[key].readings += stage.cost["samples"] / stage.rows
     rate = estimator.tflops * 1e12 * estimator.profile.device.mfu
@@ -95,6 +100,11 @@ def _frozen(stage: Stage) -> bool:
     image = stage.spec["data"]["image"]
     trained = {part for phase in stage.spec["phases"] for part in phase["learning_rates"]}
     return image is not None and image["kind"] == "square" and "encoder" not in trained
+
+
+def _together(stage: Stage) -> bool:
+    """Whether all ranks run the encoder together (`trainers.features.why_not`)."""
+    return stage.runtime["zero"] == 3 and stage.runtime["world"] > 1
 
 
 def _keep(graph: Graph, made: list[dict[str, Any]], room: int) -> None:

@@ -59,6 +59,8 @@ class Request:
         spec, kind = stage["spec"], stage["kind"]
         if kind not in ("train", "predict", "embeddings") or spec["model"]["family"] == "existing":
             return  # an existing model's architecture is its checkpoint's own affair
+        if kind == "embeddings" and spec["model"]["parts"]["encoder"]["builder"] != "open_clip":
+            return  # so is a SigLIP's text tower
         image = spec["data"]["image"] if kind == "train" else spec["image"]
         key = self.keys[stage["id"]] = self._model(spec["model"], image)
         if kind == "train":

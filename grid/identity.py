@@ -108,7 +108,7 @@ CLASSES: dict[str, str] = {
         "Resources",
         runtime="lanes workers gpus_per_worker cpus device threads object_store_mb cache_mb pixels_mb features_mb attempts trials "
         "collective_seconds grace_seconds budget_seconds dashboard micro_tokens checkpoint_steps eval_batch zero "
-        "activation_checkpointing offload plain",
+        "activation_checkpointing offload disable",
     ),
     **_table("Tracking", runtime="uri"),
 }

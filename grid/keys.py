@@ -13,6 +13,7 @@ from datasets_ray.errors import UserError, nearest
 from datasets_ray.schema import REQUIRED, explain
 from grid import options, profile, recipe, study
 from grid.plantext import flow
+from trainers import switches
 
 PARTS: dict[str, Any] = {
     kind.__name__: kind
@@ -30,6 +31,8 @@ def told(name: str) -> str:
         annotation = str(field.type).replace("Node", "value")
         default = "required" if field.default is REQUIRED and field.default_factory is REQUIRED else f"default {default_of(field)}"
         lines.append(f"  {key}: {meaning} ({annotation}; {default})")
+        if (name, field.name) == ("Resources", "disable"):
+            lines += [f"    {switch}: {does}" for switch, does in switches.SWITCHES.items()]
     return "\n".join(lines)
 
 

@@ -133,8 +133,8 @@ class LedgerCore:
             self.notices.append(f"{name}: attempt {self.tried[stage]} of {limit} failed ({kind}: {failure['message']}); it is tried again")
 
     def _make_room(self, stage: str, message: str) -> None:
-        """A disk is full: nothing starts for a while, this stage longer each time, so that smaller ones go before it. No attempt is counted,
-        however long it takes."""
+        """A disk is full: nothing starts for a while, this stage longer each time, so that smaller ones go first. However long it takes,
+        no attempt is counted."""
         if self.clock() >= self.paused_until:  # else another lane found the same
             self.pause = min(LONGEST_PAUSE, 2 * self.pause or PAUSE)
             self.paused_until = self.clock() + self.pause

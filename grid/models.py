@@ -1,6 +1,6 @@
 """From names to model specs: a profile's assets become parts with weights, and the training stages that make those weights.
 
-In: profile, study, graph. Out: `ModelSpec` dictionaries (see the README's stage format) whose weights point at stages or checkpoints.
+In: profile, study, graph. Out: `ModelSpec` dictionaries (`trainers.specs`) whose weights point at stages or checkpoints.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets_ray.errors import UserError
 from datasets_ray.policy import MOST_DROPPED
-from grid.colours import kind_of
+from grid import towers
 from grid.graph import Graph
 from grid.load import as_plain
 from grid.profile import CLIP, Asset, Data, Image, Profile
@@ -90,7 +90,7 @@ class Assets:
         """A whole CLIP (both towers): mines, embeds, classifies. Its part `encoder` is an arm's vision encoder."""
         if ("clip", name) not in self._known:
             asset = self.profile.encoders[name]
-            if asset.builder != "open_clip" and not self.whole_siglip(name):
+            if not towers.classifies(asset):
                 why, hint = f"a {asset.builder} has no text tower of CLIP's", "`zeroshot: false` in the benchmarks, or an open_clip encoder"
                 raise UserError(f"encoder {name!r} can't mine, classify or be trained here", why=why, hint=hint)
             model: Spec = {"family": "clip", "parts": {"encoder": self._part(asset.builder, asset, asset.seed)}}
@@ -99,12 +99,6 @@ class Assets:
                 model = self.train(model, training, label, self.image(asset.image, training.fit), asset.seed)
             self._known["clip", name] = self._shared(model)
         return self._known["clip", name]
-
-    def whole_siglip(self, name: str) -> bool:
-        """Whether an encoder is a released SigLIP, text tower and all, as far as profile, local files or its name on the hub tell."""
-        asset = self.profile.encoders[name]
-        released = asset.builder == "transformers_vision" and bool(asset.checkpoint) and not asset.config
-        return released and kind_of(asset).startswith("siglip")
 
     def encoder(self, name: str) -> Spec:
         """The part that an arm sees with."""

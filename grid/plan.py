@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.errors import UserError
-from grid import cost, features, options
+from grid import cost, features, options, towers
 from grid.expand import Arm
 from grid.graph import Graph, Stage
 from grid.load import Loaded, load
@@ -145,7 +145,7 @@ class Planner:
         if model["family"] != "existing" and (model["family"] != "vlm" or (arm.released and not arm.stands_in)):
             return False
         encoder = self.profile.encoders.get(arm.recipe.encoder)
-        return encoder is not None and (encoder.builder == "open_clip" or self.assets.whole_siglip(arm.recipe.encoder))
+        return encoder is not None and towers.classifies(encoder)
 
     def zeroshot(self, encoder: str, benchmark: str) -> str:
         """The scores of an arm's encoder as a zero-shot classifier."""
@@ -190,7 +190,7 @@ class Planner:
             "zero": resources.zero, "micro_tokens": resources.micro_tokens, "checkpoint_steps": resources.checkpoint_steps,
             "activation_checkpointing": resources.activation_checkpointing, "offload": resources.offload,
             "eval_batch": resources.eval_batch, "device_tflops": self.profile.device.tflops,
-            **({"plain": sorted(switches.named(resources.plain))} if resources.plain else {}),
+            **({"disable": sorted(switches.named(resources.disable))} if resources.disable else {}),
         }  # fmt: skip
 
 

@@ -128,7 +128,8 @@ def _features(plan: dict[str, Any]) -> str:
     rows = []
     for entry in plan["features"]:
         fit = entry["image"]["fit"]
-        verdict = "pays, kept" if entry["kept"] else "pays, not kept" if entry["pays"] else "doesn't pay"
+        verdict = "pays, kept" if entry["kept"] else "pays, no room" if entry["pays"] else "doesn't pay"
+        verdict = "doesn't: under ZeRO 3 all ranks run the encoder together" if entry["together"] else verdict
         rows.append([
             f"{entry['encoder']} x {entry['rows']} ({fit})", f"{entry['flops_share']:.1%} of FLOPs", f"{entry['bytes'] / 1e9:.2f} GB",
             f"read {entry['readings']:.3g} x", f"saves {hours(entry['saves'] / 3600)}", f"costs {hours(entry['costs'] / 3600)}", verdict,

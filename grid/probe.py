@@ -139,10 +139,11 @@ def _records(spec: dict[str, Any], manifest: dict[str, Any], request: dict[str, 
         return sum(1 for _ in records(below(spec, "file", request["data_root"])))
     if spec["source"] == "vlmevalkit_tsv":
         from datasets_ray.tsv import Table
-        from datasets_ray.vlmevalkit_tsv import Reader, scan
+        from datasets_ray.vlmevalkit_tsv import Reader, arrange, scan
 
         file = below(spec, "file", request["data_root"], [spec["file"], f"LMUData/{spec['file']}"])
-        return len(scan(Reader(Table(file), spec, file.parent), {key: value for key, value in spec.items() if key != "rows"})[0])
+        found = scan(Reader(Table(file), spec, file.parent), {key: value for key, value in spec.items() if key != "rows"})[0]
+        return arrange(found, file.stem, bool(spec.get("circular", False)))[1]["records"]  # a question's rotated copies are one record
     counts = [manifest[key] for key in ("photos", "questions", "records") if manifest.get(key)]
     return max(counts, default=None)
 
@@ -153,9 +154,10 @@ def _no_inputs(id: str) -> Path:
 
 def models(request: dict[str, Any]) -> dict[str, Any]:
     """Tokenizers load, hold their template's tokens and fit their model's vocabulary; own objectives load; checkpoints are at hand.
-    request: tokenizers [{name, template, vocabulary}], checkpoints [{checkpoint, revision, fed [{at, said, mean, std}]}],
-    objectives [{name, ...}]."""
+    request: tokenizers [{name, template, vocabulary}], checkpoints [{checkpoint, revision, fed [{at, said, mean, std}],
+    towers [{at, builder, config}]}], objectives [{name, ...}]."""
     from datasets_ray.tokens import load_tokenizer, require
+    from grid import towers
 
     failures: list[Failure] = []
     for wanted in request["tokenizers"]:
@@ -186,6 +188,10 @@ def models(request: dict[str, Any]) -> dict[str, Any]:
             )
             failures.append({"what": f"checkpoint {name} is not on this machine", "why": "", "hint": hint})
             continue
+        for tower in wanted.get("towers", []):
+            if (refused := towers.of_files(tower["builder"], tower["config"], path)) is not None:
+                what, why, hint = refused
+                failures.append({"what": f"{tower['at']}: {what}", "why": why, "hint": hint})
         for fed in wanted.get("fed", []):
             told, hint = _other_pixels(path, fed)
             if told and fed["said"]:

@@ -82,11 +82,13 @@ class Asset:
 
 @dataclass
 class Encoder(Asset):
-    """A vision encoder. Of an open_clip model (or a CLIP from transformers) both towers mine and classify, too."""
+    """A vision encoder. Of an open_clip model (or a CLIP or SigLIP from transformers) both towers mine and classify, too."""
 
     image: Image = option("pixels in")
     builder: Literal["open_clip", "transformers_vision"] = option(
-        "who builds it: open_clip (any CLIP, open_clip's or transformers'), or transformers_vision (CLIP, SigLIP, DINOv2)", "open_clip"
+        "who builds it: open_clip (CLIPs with a plain ViT, open_clip's or transformers'; no ResNet, nothing over timm), or "
+        "transformers_vision (CLIP, SigLIP, SigLIP 2 but NaFlex, DINOv2)",
+        "open_clip",
     )
 
 
@@ -161,7 +163,7 @@ class Device:
 
 @dataclass
 class Resources:
-    """What a run may use. Nothing here changes a result."""
+    """What a run may use. Nothing here changes a result beyond rounding."""
 
     lanes: int = option("worker groups side by side; 0: as many as the machine carries", 0, low=0)
     workers: int = option("workers of a lane: the world size of collective stages", 1, low=1)
@@ -196,7 +198,7 @@ class Resources:
     offload: Literal["auto", True, False] = option(
         "masters, moments and the optimiser's step in the host's memory (ZeRO 2 and 3); auto: where nothing else fits", "auto"
     )
-    plain: list[str] = option(
+    disable: list[str] = option(
         f"optimisations to do without, to see that results stay as they are: {', '.join(SWITCHES)}", [], check=_switches
     )
 

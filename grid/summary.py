@@ -2,7 +2,7 @@
 
 In: timeline.jsonl, the ledger's last snapshot, the plan, what training stages say they computed. Out: a JSON-able dict, and `render` for
 people.
-Overhead (the issue's definition): lane time from the moment a lane is up until the last stage ends, less the stages' own work
+Overhead: lane time from the moment a lane is up until the last stage ends, less the stages' own work
 (first batch asked for → last step or last prediction written). A stage that marks no work counts from call to return. It has parts that
 grow with the number of arms (what surrounds the stages that are an arm's own) and parts that don't: what surrounds stages that arms
 share, and the tail, where a lane finds nothing left to do while others still work.
@@ -15,7 +15,7 @@ from typing import Any
 
 from grid.display import duration
 
-# the design's budget of the tiny profile, core-seconds for each (section 5)
+# the tiny profile's budget, core-seconds for each
 BUDGET = {"base": 35.0, "pretrain": 12.0, "finetune": 20.0, "predict": 1.0}
 MEMORY_LIMIT_GIB = 10.0
 OVERHEAD_LIMIT = 2.0

@@ -7,9 +7,9 @@ from typing import Any
 from datasets_ray.benchmarks import DERIVED
 from datasets_ray.errors import nearest
 from datasets_ray.schema import Reader
-from grid import shapes
+from grid import shapes, towers
 from grid.colours import kind_of
-from grid.profile import ROWS, Data, Encoder, Image, Profile
+from grid.profile import ROWS, Data, Encoder, Image, Model, Profile
 from grid.validate_profile import registered
 
 NAMED = {"name", "tokenizer", "layer", "depth"}
@@ -23,6 +23,7 @@ def check_assets(profile: Profile, reader: Reader) -> None:
         _image(encoder.image, f"{path}.image", reader)
         _fits(encoder, path, reader)
         _builder(encoder, path, reader)
+        _tower(encoder, path, reader)
         family = "clip" if encoder.trained else "vlm"
         _numbers(family, {"encoder": encoder.builder}, encoder, path, reader)
     for name, llm in profile.llms.items():
@@ -31,6 +32,8 @@ def check_assets(profile: Profile, reader: Reader) -> None:
         path = f"models.{name}"
         if model.image is not None:
             _image(model.image, f"{path}.image", reader)
+        if model.family == "vlm":
+            _tower(model, path, reader)
         if model.family == "qwen2_vl":
             _numbers(model.family, {"llm": "qwen2_vl"}, model, path, reader)
     for name, data in profile.data.items():
@@ -72,6 +75,13 @@ def _builder(encoder: Encoder, path: str, reader: Reader) -> None:
         what = f"{path}.config is {'open_clip' if 'vision_cfg' in config else 'transformers'}'s"
         hint = f"builder: {'open_clip' if 'vision_cfg' in config else 'transformers_vision'}"
         reader.error(what, why=f"builder {encoder.builder} can't make it", hint=hint, at=f"{path}.config")
+
+
+def _tower(asset: Encoder | Model, path: str, reader: Reader) -> None:
+    """Whether somebody builds the image tower."""
+    if (refused := towers.refusal(asset)) is not None:
+        what, why, hint = refused
+        reader.error(f"{path}: {what}", why=why, hint=hint, at=path)
 
 
 def _numbers(family: str, parts: dict[str, str], asset: Any, path: str, reader: Reader) -> None:

@@ -58,11 +58,6 @@ class TensorPack:
     def tokens(self) -> int:
         return 0 if self.ids is None else int(self.ids.numel())
 
-    @property
-    def boundaries(self) -> Tensor:
-        """int32[S + 1], host: where segments start and end (`cu_seqlens` of variable-length attention)."""
-        return torch.nn.functional.pad(torch.cumsum(self.lengths, 0), (1, 0)).to(torch.int32)
-
 
 @dataclass(frozen=True)
 class TensorBatch:

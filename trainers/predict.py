@@ -113,7 +113,7 @@ class Parts:
 
 
 def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
-    with switches.without(ctx.runtime.get("plain", ())):
+    with switches.without(ctx.runtime.get("disable", ())):
         return _run(spec, ctx)
 
 

@@ -1,6 +1,6 @@
 """Optimisations that can be turned off, one by one or all together, without changing what is computed: the plain path beside the fast one.
 
-In: names, from a profile's `resources.plain` or a test. Out: `on(name)`, asked where the two paths part. Each path gives the same loss,
+In: names, from a profile's `resources.disable` or a test. Out: `on(name)`, asked where the two paths part. Each path gives the same loss,
 gradient and answers up to rounding (tests/trainers/test_switches.py), so nothing here belongs to a stage's identity. For whoever doubts a
 number, suspects a kernel, or wants to know what an optimisation is worth.
 

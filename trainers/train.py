@@ -46,7 +46,7 @@ WATCHED = 256
 
 def run(spec: dict[str, Any], ctx: Context) -> dict[str, Any]:
     """Trains a stage from where it stands to its end. Returns the summary (rank 0's counts)."""
-    with switches.without(ctx.runtime.get("plain", ())):
+    with switches.without(ctx.runtime.get("disable", ())):
         training = Training(spec, ctx)
         try:
             return training.run()

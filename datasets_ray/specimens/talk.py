@@ -47,7 +47,7 @@ class Question:
         return self.letter if answers == "letter" else self.answer
 
     def prompt(self) -> str:
-        """Question, option lines, suffix: LLaVA's layout (evaluation_peers, section 2)."""
+        """Question, option lines, suffix: LLaVA's layout."""
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, self.options)]
         return "\n".join([self.text, *lines, LETTER_SUFFIX])
 

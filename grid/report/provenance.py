@@ -121,7 +121,7 @@ def _estimate(stage: dict[str, Any]) -> float | None:
 
 
 def _summary(summary: dict[str, Any]) -> list[str]:
-    """summary.json in sentences: wall time, the design's budget, overhead, memory."""
+    """summary.json in sentences: wall time, its budget, overhead, memory."""
     notes = []
     if summary.get("wall_seconds") is not None:
         budget = summary.get("budget_seconds")

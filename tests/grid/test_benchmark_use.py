@@ -58,7 +58,7 @@ def test_a_profile_says_what_a_name_means(tmp_path: Path):
 
 
 def test_a_profiles_data_that_ask_something_else_are_told_and_can_be_chosen(tmp_path: Path):
-    own = PROFILE + "  mmbench: {source: vlmevalkit_tsv, keys: {file: MMBench_DEV_EN.tsv, circular: true}, rows: 2948}\n"
+    own = PROFILE + "  mmbench: {source: vlmevalkit_tsv, keys: {file: MMBench_DEV_EN.tsv, circular: true}, rows: 4329}\n"
     with pytest.raises(UserError, match="asks something else than mmbench .circular: True instead of None"):
         planned(tmp_path, "{use: mmbench}", profile=own)
     theirs = planned(tmp_path, "{use: mmbench, data: mmbench}", profile=own)

@@ -99,6 +99,22 @@ def test_a_disk_too_small_for_the_kept_pixels_is_noted_with_a_way_out(run, tmp_p
     assert "decoded images" not in run(STUDY, grown(PROFILE), "--set", "resources.pixels_mb=0")[1]
 
 
+def test_encoder_outputs_are_counted_beside_the_kept_pixels(run, tmp_path, monkeypatch):
+    """Both lie below FINEGRID_PIXELS: 6 GiB can be had, 4 of them are the pixels'."""
+    monkeypatch.setenv("FINEGRID_PIXELS", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=16 * 2**30, free=8 * 2**30))
+    sets = ("--set", "resources.pixels_mb=4096", "--set")
+    code, said = run(STUDY, grown(PROFILE), *sets, "resources.features_mb=1024")
+    assert code == 0 and "note" not in said, said
+    assert f"decoded images: at most 4.0 GiB at {tmp_path}; encoder outputs: at most 1.0 GiB at {tmp_path}" in said
+    code, said = run(STUDY, grown(PROFILE), *sets, "resources.features_mb=4096")
+    (note,) = [line for line in said.splitlines() if "features_mb" in line]
+    assert code == 0 and "note: features_mb lets encoder outputs take 4.0 GiB" in note and "--set resources.features_mb=" in note
+    assert "beside the stages and decoded images" in note and "decoded images: at most 4.0 GiB" in said
+    assert 1024 < int(note.rpartition("=")[2].rstrip(")")) <= 2048
+    assert "encoder outputs" not in run(STUDY, grown(PROFILE), *sets, "resources.features_mb=0")[1]
+
+
 def test_pixels_that_can_not_be_kept_are_noted(run, tmp_path, monkeypatch):
     locked = tmp_path / "locked"
     locked.mkdir()
@@ -136,6 +152,27 @@ def test_pixels_that_a_checkpoint_was_not_trained_with_fail_unless_the_profile_s
     (folder / "preprocessor_config.json").write_text("{")
     code, said = run(study, profile)
     assert code == 1 and "encoders.strong.image: what" in said and "of its pixels can't be read" in said
+
+
+def test_a_downloaded_tower_that_nobody_builds_fails_the_models_step(run, tmp_path, monkeypatch):
+    """Its name says nothing, so that it planned; its config.json does."""
+    profile, folder = released(tmp_path, config={"model_type": "dinov3_vit"})
+    profile = profile.replace(f"checkpoint: {folder}", "checkpoint: somebody/eye")
+    monkeypatch.setattr(probe, "_at_hand", lambda checkpoint, revision: folder)
+    code, said = run(STUDY.replace("zeroshot: true", "zeroshot: false"), profile)
+    assert code == 1 and f"encoders.strong: a tower of type 'dinov3_vit' can't be built ({folder}/config.json says so)" in said, said
+    assert "hint: builder transformers_vision has " in said and said.count("FAILED") == 1
+
+
+def test_rotated_copies_of_a_release_are_one_record(tmp_path):
+    """MMBench's file holds them already: 1,164 questions of 4,329 rows are what a profile expects."""
+    lines = ["index\tquestion\tA\tB\tanswer\timage"]
+    for question in range(3):
+        lines += [f"{question + turn * 1_000_000}\twhat?\tx{turn}\ty{turn}\t{'AB'[turn]}\t{'QUJD' * 40}" for turn in range(2)]
+    (tmp_path / "set.tsv").write_text("\n".join(lines) + "\n")
+    for circular in (True, False):
+        spec = {"source": "vlmevalkit_tsv", "file": "set.tsv", "circular": circular, "expect": 3}
+        assert probe._records(spec, {}, {"data_root": str(tmp_path)}) == 3
 
 
 def test_an_objective_from_outside_is_loaded(run, tmp_path, monkeypatch):

@@ -110,6 +110,20 @@ def test_an_encoder_that_trains_keeps_none_and_is_another_one_afterwards(tmp_pat
     assert entries(made)["pretrain third", "chats"]["readings"] == 1
 
 
+def test_under_zero_3_on_several_ranks_none_are_kept_and_the_plan_says_so(tmp_path):
+    """As `trainers.features.why_not` refuses there."""
+    three = ("resources.zero=3", "resources.features_mb=9")
+    alone = planned(tmp_path, SLOW, *three)
+    assert kept(alone) and not any(entry["together"] for entry in alone["features"])
+    file, profile = write(tmp_path)
+    loaded = load(file, profile, [SLOW, "device.mfu=0.5", *three, "resources.workers=2"])
+    made = plan(loaded)
+    assert kept(made) == set() and entries(made).keys() == entries(alone).keys()
+    assert all(entry["together"] and not entry["pays"] and not entry["kept"] for entry in made["features"])
+    lines = [line for line in plantext.render(made, loaded).splitlines() if line.startswith("  weak x ")]
+    assert len(lines) == 2 and all(line.endswith(": doesn't: under ZeRO 3 all ranks run the encoder together") for line in lines)
+
+
 def test_models_that_take_images_in_their_own_size_are_left_out():
     made = make_plan("experiments/full_ablation.yaml", profile="cluster")
     foreign = {stage["id"] for stage in made["stages"] if (stage["spec"].get("model") or {}).get("family") == "qwen2_vl"}
@@ -125,7 +139,7 @@ def test_the_plan_says_it_in_a_line_each(tmp_path):
     (title,) = [line for line in text.splitlines() if line.startswith("Outputs of frozen encoders")]
     assert title.endswith("(features_mb: 0):")
     (line,) = [line for line in text.splitlines() if line.startswith("  weak x captions (crop); ")]
-    assert "% of FLOPs, 0.00 GB, read 3 x, saves 4 min, costs 0 s: pays, not kept" in line
+    assert "% of FLOPs, 0.00 GB, read 3 x, saves 4 min, costs 0 s: pays, no room" in line
     (line,) = [line for line in text.splitlines() if line.startswith("  strong x captions (crop); ")]
     assert line.endswith("saves 0 s, costs 0 s: doesn't pay")
     assert "features_mb: 1 has room for all that pays" in text

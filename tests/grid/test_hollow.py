@@ -68,6 +68,16 @@ def test_rows_of_every_data_set_are_asked_for_with_each_template_and_image_recip
     assert len(told) == len(set(told))
 
 
+def test_a_siglip_that_classifies_is_its_checkpoints_own_affair():
+    """Its text tower's architecture is in no `shape`; CLIPs beside it are built."""
+    loaded = load(ABLATION.with_name("existing_vlms.yaml"), "cluster")
+    planned = plan(loaded)
+    parts = [stage["spec"]["model"]["parts"]["encoder"] for stage in planned["stages"] if stage["kind"] == "embeddings"]
+    assert {part["builder"] for part in parts} == {"open_clip", "transformers_vision"}
+    asked = hollow.Request(planned, loaded.profile).json()["models"]
+    assert {held["spec"]["parts"]["encoder"]["builder"] for held in asked.values()} == {"open_clip"}
+
+
 def sources_of(request: hollow.Request, way: dict) -> str:
     return request.sets[way["data"]]["name"].removeprefix("data ")
 

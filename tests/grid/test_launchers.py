@@ -234,6 +234,21 @@ def test_the_shell_script_is_one_and_the_cluster_is_what_ray_expects():
     assert f"ray[default,train,tune,data]>={version.rpartition('.')[0]}" in (ROOT / "pyproject.toml").read_text()
 
 
+def test_pods_keep_pixels_on_a_volume_of_the_nodes_own_that_is_large_enough(loaded):
+    """Not in the container's layers, and never on the shared claim."""
+    cluster = yaml.safe_load((CLUSTERS / "rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    resources = loaded.profile.resources
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        (place,) = [entry["value"] for entry in container["env"] if entry["name"] == "FINEGRID_PIXELS"]
+        (mount,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == place]
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount]
+        limit = volume["emptyDir"]["sizeLimit"]
+        assert limit.endswith("Gi") and int(limit[:-2]) * 1024 > resources.pixels_mb + resources.features_mb
+        assert "medium" not in volume["emptyDir"], "memory is dear"
+
+
 def test_check_holds_a_launcher_against_the_profile_as_a_step_of_its_own(tmp_path, capsys, monkeypatch):
     def ask(task, request, timeout):
         facts = {"cpus": 2, "gpus": 0, "memory_gib": 16.0, "versions": {"ray": "x"}} if task == "machine" else {}

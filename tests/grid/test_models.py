@@ -133,7 +133,8 @@ def test_the_paper_study_assumes_no_pixels():
 )
 def test_a_local_checkpoints_own_files_say_how_its_pixels_are_normalised(file, content, mean, tmp_path):
     (tmp_path / file).write_text(json.dumps(content))
-    one = f"encoders.clip-vit-l-14-336={{image: {{size: 384, patch: 14}}, builder: transformers_vision, checkpoint: {tmp_path}}}"
+    builder = "open_clip" if file.startswith("open_clip") else "transformers_vision"
+    one = f"encoders.clip-vit-l-14-336={{image: {{size: 384, patch: 14}}, builder: {builder}, checkpoint: {tmp_path}}}"
     plan = make_plan(EXPERIMENTS / "full_ablation.yaml", profile="cluster", arms=["row-12"], sets=[one])
     image = next(stage["spec"]["data"]["image"] for stage in plan["stages"] if stage["name"] == "finetune row-12")
     assert image["mean"] == mean and not [a for a in plan["study"]["assumptions"] if a["key"].startswith("encoders.")]

@@ -207,10 +207,31 @@ def test_the_text_names_every_arm_every_assumption_and_the_papers_cost(capsys, a
 
 def test_optimisations_turned_off_are_told_and_change_no_identity(tmp_path, small):
     study, profile = write(tmp_path)
-    made = make_plan(study, profile=profile, sets=["resources.plain=[segments, layers]"])
+    made = make_plan(study, profile=profile, sets=["resources.disable=[segments, layers]"])
     assert [stage["id"] for stage in made["stages"]] == [stage["id"] for stage in small["stages"]]
-    assert all(stage["runtime"]["plain"] == ["layers", "segments"] for stage in made["stages"])
-    assert [doubt for doubt in made["study"]["doubts"] if "resources.plain turns off segments, layers" in doubt]
-    assert not any("plain" in stage["runtime"] for stage in small["stages"]) and not any("plain" in d for d in small["study"]["doubts"])
+    assert all(stage["runtime"]["disable"] == ["layers", "segments"] for stage in made["stages"])
+    assert [doubt for doubt in made["study"]["doubts"] if "resources.disable turns off segments, layers" in doubt]
+    assert not any("disable" in stage["runtime"] for stage in small["stages"]) and not any("disable" in d for d in small["study"]["doubts"])
     with pytest.raises(UserErrors, match="no optimisation 'segment'.*segments"):
-        make_plan(study, profile=profile, sets=["resources.plain=[segment]"])
+        make_plan(study, profile=profile, sets=["resources.disable=[segment]"])
+
+
+def test_general_benchmarks_are_asked_as_the_study_says_and_cheaply_in_miniature(ablation):
+    """MMBench circularly, all rotations of English dev; MMMU's open questions with room for an answer."""
+    large = make_plan(ROOT / "experiments" / "full_ablation.yaml", profile="cluster", arms=["row-12"])
+    found = {}
+    for scale, made in (("cluster", large), ("tiny", ablation)):
+        stages, arm = by_id(made), next(arm for arm in made["arms"] if arm["name"] == "row-12")
+        for name in ("mmbench", "mmmu"):
+            predict, score = stages[arm["predictions"][name]], stages[arm["scores"][name]]
+            found[scale, name] = (predict["cost"]["samples"], predict["spec"]["max_new_tokens"], score["spec"]["metric"])
+    assert found == {
+        ("cluster", "mmbench"): (4329, 8, "circular"), ("cluster", "mmmu"): (900, 64, "accuracy"),
+        ("tiny", "mmbench"): (400, 8, "accuracy"), ("tiny", "mmmu"): (400, 8, "accuracy"),
+    }  # fmt: skip
+    data = {stage["name"]: stage["spec"] for stage in large["stages"] if stage["kind"] == "dataset"}
+    assert data["data mmbench"]["circular"] is True and data["data mmbench"]["expect"] == 1164
+    assert data["data mmmu"]["open"] == "mmmu" and data["data mmmu"]["most_images"] == 1
+    assert {"key": "benchmarks.mmmu.max_new_tokens", "value": 64} in [
+        {key: one[key] for key in ("key", "value")} for one in large["study"]["assumptions"]
+    ]

@@ -128,7 +128,7 @@ def test_the_fused_step_is_the_plain_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_train_stage_does_without_what_its_profile_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole of training by the plain path, as `resources.plain: [all]` has it."""
+    """The whole of training by the plain path, as `resources.disable: [all]` has it."""
     rows, made = kit.write_captions(tmp_path / "rows", 40), {}
     spec = kit.train_spec(steps=10)
     most: list[int] = []
@@ -140,7 +140,7 @@ def test_a_train_stage_does_without_what_its_profile_names(tmp_path: Path, monke
 
     monkeypatch.setattr(train, "to_device", counted)
     for plain in ([], ["all"]):
-        ctx = kit.context(tmp_path / str(len(plain)), rows, plain=plain)
+        ctx = kit.context(tmp_path / str(len(plain)), rows, disable=plain)
         ctx.pixels = PixelStore(1 << 24, str(tmp_path / "pixels"))
         most.clear()
         summary = train.run(spec, ctx)
@@ -162,7 +162,7 @@ def test_questions_are_answered_alike_without(tmp_path: Path) -> None:
             "method": ["first_token", "likelihood"], "max_new_tokens": 4, "precision": "fp32",
         }  # fmt: skip
         inputs = {"asked": asked, "talkative": tmp_path / "talkative"}
-        ctx = Context.local(tmp_path / "-".join(("p", *plain)), {"id": "p", "spec": spec, "runtime": {"plain": list(plain)}}, inputs)
+        ctx = Context.local(tmp_path / "-".join(("p", *plain)), {"id": "p", "spec": spec, "runtime": {"disable": list(plain)}}, inputs)
         summary = predict.run(spec, ctx)
         read[plain] = summary["read_tokens"]
         table = parquet.read_table(ctx.out / "predictions.parquet").to_pydict()

@@ -57,12 +57,12 @@ def context(folder: Path, rows: Path, kept: bool = True, **runtime: Any) -> Cont
 
 def test_weights_and_losses_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = kit.write_captions(tmp_path / "rows", 40)
-    alone, curve = stage(tmp_path / "alone", rows, False, plain=["packs"])
+    alone, curve = stage(tmp_path / "alone", rows, False, disable=["packs"])
     batched, batched_curve = stage(tmp_path / "batched", rows, False)
     assert alone["features"] is batched["features"] is None
     images = alone["data"]["images"]
 
-    one, one_curve = stage(tmp_path / "one", rows, plain=["packs"])
+    one, one_curve = stage(tmp_path / "one", rows, disable=["packs"])
     assert one["sha256"] == alone["sha256"] and one_curve == curve, "an image a micro-batch: bit for bit what isn't kept"
     made = one["features"]["made"]  # batches are made ahead: an image asked for twice meanwhile is encoded twice
     assert made >= 30 and one["features"] == {"found": images - made, "made": made, "passed": 0, "damaged": 0}
@@ -167,7 +167,7 @@ def test_dropout_is_noticed(tmp_path: Path) -> None:
 
 def test_its_switch_and_a_run_without_room_do_without(tmp_path: Path) -> None:
     rows = kit.write_captions(tmp_path / "rows", 40)
-    off, _ = stage(tmp_path / "off", rows, plain=["features"])
+    off, _ = stage(tmp_path / "off", rows, disable=["features"])
     assert off["features"] is None and off["notes"] == []
     ctx = kit.context(tmp_path / "nowhere", rows, features=True)
     assert train.run(spec_of(), ctx)["features"] is None

@@ -63,6 +63,26 @@ def test_siglip_embeds_as_transformers_does(siglip: Path, tmp_path: Path) -> Non
         build(spec_of(siglip, model_type="siglip_vision_model"), Context.local(tmp_path, {"id": "z", "spec": {}}), image=SQUASHED)
 
 
+def test_texts_reach_a_siglip_in_small_letters_whatever_its_tokenizer_does(siglip: Path, tmp_path: Path) -> None:
+    """SigLIP 2's checkpoints name a Gemma tokenizer, which keeps capitals; it was trained without any."""
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(siglip)
+    assert plain("A Photo of a RED")["input_ids"] != plain("a photo of a red")["input_ids"], "a tokenizer that keeps capitals"
+    model = build(spec_of(siglip), Context.local(tmp_path, {"id": "z", "spec": {}}), image=SQUASHED)
+    (ids, cut), (small, _) = model.tokenize(["A Photo of a RED"], "cpu"), model.tokenize(["a photo of a red"], "cpu")
+    assert torch.equal(ids, small) and cut == 0
+
+
+def test_a_layer_that_an_arm_chooses_leaves_a_siglip_whole(siglip: Path, tmp_path: Path) -> None:
+    images = torch.from_numpy(pixels({"bytes": kit.square("red", 1), "path": None}, recipe_from_json(SQUASHED)))[None]
+    made = [
+        build(spec_of(siglip, **config), Context.local(tmp_path, {"id": "z", "spec": {}}), image=SQUASHED).embed_images(images)
+        for config in ({}, {"layer": -1})
+    ]
+    assert torch.equal(*made)
+
+
 def stages(model: dict[str, Any], template: Any, rows: Path, out: Path, data_root: str | None = None) -> dict[str, Any]:
     """embeddings, similarities, choices, zeroshot; the last one's scores."""
     spec = {"model": model, "rows": "rows", "image": SQUASHED, "precision": "fp32"}

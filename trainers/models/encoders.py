@@ -4,8 +4,11 @@
     tokens(recipe)   K for an image recipe (a pure number: packing knows it before any model runs)
     forward(pixels)  normalises on the device it runs on, then the tower up to the layer
 
-A new encoder is a class with these three and a line in ENCODERS; in a study it is five lines of YAML. The penultimate layer's patch
-tokens are LLaVA's choice (`mm_vision_select_layer -2`, `patch`), `layer` in the config says another. Layers above it are never built.
+Built are open_clip CLIPs with a plain vision transformer (no ResNet, nothing over timm) and the towers of TOWERS from transformers; another
+checkpoint of these is five lines of YAML in a profile. Another tower of transformers is a line in TOWERS, if it looks like those, else a
+class with these three and a line in ENCODERS.
+The penultimate layer's patch tokens are LLaVA's choice (`mm_vision_select_layer -2`, `patch`), `layer` in the config says another. Layers
+above it are never built.
 A part without architecture in its config (`{}` or `{layer: -1}`) takes its checkpoint's: open_clip_config.json or config.json.
 """
 

@@ -1,8 +1,10 @@
-"""Family `clip` for SigLIP (Zhai et al. 2023): transformers' SiglipModel, both towers, read by zero-shot classification and mining.
+"""Family `clip` for SigLIP (Zhai et al. 2023) and SigLIP 2 of fixed sizes (Tschannen et al. 2025): transformers' SiglipModel, both towers,
+read by zero-shot classification and mining.
 
 In: a part `{"builder": "transformers_vision", "config": {}, "weights": {"checkpoint", "revision"}}` whose checkpoint holds a whole SigLIP.
 Out: a model with `embed_images`, `embed_texts` and `tokenize`. Texts are padded to the text tower's full length, as SigLIP was trained,
-and read at their last position; its tokenizer writes them in small letters and without punctuation by itself.
+and read at their last position. Both were trained on small letters: SigLIP's tokenizer writes them by itself (and no punctuation), the
+Gemma tokenizer that SigLIP 2's checkpoints name doesn't. A SigLIP 2 of any shape (NaFlex, model_type siglip2) is another architecture.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Siglip(nn.Module):
 
         part = spec["parts"]["encoder"]
         path = source.released(part)
-        whole = {} if path is None or part["config"] else released.config(path)
+        whole = {} if path is None or set(part["config"]) - {"layer"} else released.config(path)  # a layer is an arm's choice
         if whole.get("model_type") != "siglip" or path is None:
             why = f"a {whole['model_type']} is no SigLIP" if whole else "only a whole released SigLIP has a text tower of its own"
             hint = "builder: open_clip (which reads transformers' CLIPModel checkpoints too), or a SigLIP checkpoint without `config`"
@@ -82,10 +84,11 @@ class Siglip(nn.Module):
         return F.normalize(self.siglip.text_model(input_ids=ids).pooler_output, dim=-1)
 
     def tokenize(self, texts: Sequence[str], device: str) -> tuple[Tensor, int]:
-        """(int64[S, L] padded to the tower's length, how many texts were cut)."""
-        long = sum(len(ids) > self.context_length for ids in self.words(list(texts))["input_ids"])
+        """(int64[S, L] of the texts in small letters, padded to the tower's length; how many were cut)."""
+        texts = [text.lower() for text in texts]
+        long = sum(len(ids) > self.context_length for ids in self.words(texts)["input_ids"])
         how = {"padding": "max_length", "max_length": self.context_length, "truncation": True, "return_tensors": "pt"}
-        made = self.words(list(texts), **how)
+        made = self.words(texts, **how)
         return made["input_ids"].to(device), long
 
     def activation_checkpointing(self, on: bool) -> None:

@@ -2,7 +2,7 @@
 
 In: a stream of packed tokens. Logits exist only at learned positions, a chunk of them at a time: neither images, prompts nor
 padding ever meet the vocabulary. LLaVA-1.5 averages within a micro-batch instead, which weighs short answers more the smaller
-the micro-batch is; the global count makes the loss a property of the step (DESIGN, section 3).
+the micro-batch is; the global count makes the loss a property of the step.
 """
 
 from __future__ import annotations

@@ -8,11 +8,8 @@ is one of `pixels_cache`'s with other slots: what is torn, damaged or of a chang
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +21,7 @@ from datasets_ray.encoding import Place
 from datasets_ray.fitted import Fill, image_of
 from datasets_ray.images import ImageRecipe, recipe_to_json
 from datasets_ray.packing import Batch
-from datasets_ray.pixels_cache import PixelCache, PixelStore, Slot
-
-log = logging.getLogger(__name__)
+from datasets_ray.pixels_cache import Opened, PixelCache, PixelCounts, PixelStore, Slot
 
 VERSION = 1
 """Rises when what is kept of an image changes."""
@@ -53,17 +48,9 @@ class FeatureStore:
 
 
 @dataclass
-class FeatureCounts:
+class FeatureCounts(PixelCounts):
     """Images by how their features came. found: kept ones; made: encoded and kept; passed: encoded, where there was no room to keep them;
     damaged: kept ones that weren't what had been written, so encoded again."""
-
-    found: int = 0
-    made: int = 0
-    passed: int = 0
-    damaged: int = 0
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
 
 
 class FeatureCache(PixelCache):
@@ -121,30 +108,13 @@ class PackFeatures:
             counts.passed += not written and not wanted.damaged
 
 
-_caches: OrderedDict[tuple[FeatureStore, str, ImageRecipe], FeatureCache | None] = OrderedDict()
-_mutex = threading.Lock()
+_opened: Opened[FeatureCache] = Opened("encoder outputs")
+forget = _opened.forget
 
 
 def cache_of(kept: FeatureStore, directory: str, recipe: ImageRecipe) -> FeatureCache | None:
-    """The cache of these rows in this process; None where it can't be had (which is logged once)."""
-    key = (kept, directory, recipe)
-    with _mutex:
-        if key not in _caches:
-            try:
-                _caches[key] = FeatureCache(kept, directory, recipe)
-            except OSError as error:
-                log.warning("encoder outputs aren't kept in %s: %s", kept.store.root, error)
-                _caches[key] = None
-            while len(_caches) > pixels_cache.OPEN:
-                _caches.popitem(last=False)
-        _caches.move_to_end(key)
-        return _caches[key]
-
-
-def forget() -> None:
-    """Closes this process's caches, as far as nobody reads them."""
-    with _mutex:
-        _caches.clear()
+    """The cache of these rows in this process; None where it can't be had."""
+    return _opened.get((kept, directory, recipe), kept.store.root, lambda: FeatureCache(kept, directory, recipe))
 
 
 def asked(place: Place, recipe: ImageRecipe, pixels: PixelStore | None, kept: FeatureStore, here: bool) -> Asked:
@@ -153,7 +123,7 @@ def asked(place: Place, recipe: ImageRecipe, pixels: PixelStore | None, kept: Fe
     if here and cache is not None and cache.find(place) is not None:
         return Asked(place, None, None)
     stamp = None if cache is None else cache.stamp(place)  # before the pixels are read: what changes meanwhile is encoded again
-    return Asked(place, stamp, image_of(place, recipe, pixels, here))
+    return Asked(place, stamp, image_of(place, recipe, pixels, here))  # opened anew: its header may be older than the stamp
 
 
 def missing(directories: Sequence[str], recipe: ImageRecipe, kept: FeatureStore, rows: Sequence[np.ndarray]) -> int:

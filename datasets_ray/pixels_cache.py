@@ -26,10 +26,10 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -41,6 +41,7 @@ from datasets_ray.images import ImageRecipe, recipe_to_json
 from datasets_ray.rows import open_rows
 
 log = logging.getLogger(__name__)
+C = TypeVar("C")
 
 VERSION = 1
 """Rises when the layout of the files changes, or what a recipe makes of an image."""
@@ -237,32 +238,43 @@ class PixelCache:
             return True
 
 
-_caches: OrderedDict[tuple[PixelStore, str, ImageRecipe], PixelCache | None] = OrderedDict()
-_caches_mutex = threading.Lock()
+class Opened(Generic[C]):
+    """The caches of one sort that this process has open; the one that was asked for least recently is closed first."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._caches: OrderedDict[Hashable, C | None] = OrderedDict()
+        self._mutex = threading.Lock()
+
+    def get(self, key: Hashable, root: Path, make: Callable[[], C]) -> C | None:
+        """The cache of this key, opened by `make` where it isn't; None where it can't be had (which is logged once)."""
+        with self._mutex:
+            if key not in self._caches:
+                try:
+                    self._caches[key] = make()
+                except OSError as error:
+                    log.warning("%s aren't kept in %s: %s", self.what, root, error)
+                    self._caches[key] = None
+                while len(self._caches) > OPEN:
+                    self._caches.popitem(last=False)  # closed when the last stream that reads it lets go of it
+            self._caches.move_to_end(key)
+            return self._caches[key]
+
+    def forget(self) -> None:
+        """Closes them, as far as nobody reads them."""
+        with self._mutex:
+            self._caches.clear()
+
+
+_opened: Opened[PixelCache] = Opened("pixels")
+forget = _opened.forget
 
 
 def cache_of(store: PixelStore | None, directory: str, recipe: ImageRecipe) -> PixelCache | None:
-    """The cache of these rows in this process; None where pixels aren't kept, or can't be (which is logged once)."""
+    """The cache of these rows in this process; None where pixels aren't kept, or can't be."""
     if store is None:
         return None
-    key = (store, directory, recipe)
-    with _caches_mutex:
-        if key not in _caches:
-            try:
-                _caches[key] = PixelCache(store, directory, recipe)
-            except OSError as error:
-                log.warning("pixels aren't kept in %s: %s", store.root, error)
-                _caches[key] = None
-            while len(_caches) > OPEN:
-                _caches.popitem(last=False)  # closed when the last stream that reads it lets go of it
-        _caches.move_to_end(key)
-        return _caches[key]
-
-
-def forget() -> None:
-    """Closes this process's caches, as far as nobody reads them."""
-    with _caches_mutex:
-        _caches.clear()
+    return _opened.get((store, directory, recipe), store.root, lambda: PixelCache(store, directory, recipe))
 
 
 def _slot_bytes(recipe: Any) -> int:

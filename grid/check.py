@@ -127,7 +127,7 @@ class Preflight:
         """Checkpoints, each with the pixels that the profile's assets of it are fed, and how their image towers are to be built."""
         loaded = self._need(self.loaded)
         fed: dict[Any, list[dict[str, Any]]] = {}
-        for path, who in loaded.colours.items():
+        for path, who in loaded.normalisation.items():
             kind, _, name = path.removesuffix(".image").partition(".")
             asset = getattr(loaded.profile, kind)[name]
             pixels = {"at": path, "said": who == "profile", "mean": asset.image.mean, "std": asset.image.std}

@@ -13,7 +13,7 @@ from datasets_ray import yamlfile
 from datasets_ray.errors import UserError, UserErrors, nearest
 from datasets_ray.schema import Reader, _fields
 from datasets_ray.yamlfile import Node
-from grid import benchmarks, colours, compatibility, general_axis, validate, validate_assets, validate_profile
+from grid import benchmarks, compatibility, general_axis, normalisation, validate, validate_assets, validate_profile
 from grid.doubts import doubts
 from grid.expand import Arm, expand, with_changes
 from grid.profile import HERE, Profile, choose, tree_of
@@ -43,8 +43,8 @@ class Loaded:
     """The profile's file."""
     doubts: list[str] = field(default_factory=list)
     """What is legal here and most likely not meant."""
-    colours: dict[str, str] = field(default_factory=dict)
-    """Dotted path of an encoder's pixels → who says how they are normalised (grid.colours)."""
+    normalisation: dict[str, str] = field(default_factory=dict)
+    """Dotted path of an encoder's pixels → who says how they are normalised (grid.normalisation)."""
     assumed: list[dict[str, Any]] = field(default_factory=list)
     """Assumptions that no study wrote down: key, value, text."""
 
@@ -83,7 +83,7 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     published = folder / typed_study.published if typed_study.published else None
     reader.errors = []
     validate_profile.check_profile(typed_profile, reader)
-    pixels = colours.fill(typed_profile, reader)
+    pixels = normalisation.fill(typed_profile, reader)
     validate_assets.check_assets(typed_profile, reader)
     wrong = len(reader.errors)
     expanded = expand(typed_study, tree.value["recipe"], reader) if validate.check_axes(typed_study, reader) else []
@@ -107,7 +107,8 @@ def load(study: str | Path, profile: str | None = None, sets: Sequence[str] = ()
     file = yamlfile.shown(study_path)
     return Loaded(
         typed_study, typed_profile, file, folder, reason, chosen, expanded, published, list(_changes(own, tree)), notices, profile_path,
-        doubts(typed_study, typed_profile, expanded), pixels, colours.assumptions(typed_profile, pixels, _seeing(chosen, typed_study)),
+        doubts(typed_study, typed_profile, expanded), pixels,
+        normalisation.assumptions(typed_profile, pixels, _seeing(chosen, typed_study)),
     )  # fmt: skip
 
 

@@ -203,10 +203,10 @@ def models(request: dict[str, Any]) -> dict[str, Any]:
 
 def _other_pixels(path: Path, fed: dict[str, Any]) -> tuple[str, str]:
     """(what, hint) where a checkpoint's own files normalise pixels otherwise than the plan does; else empty."""
-    from grid import colours
+    from grid import normalisation
 
     try:
-        found = colours.of_files(path, defaults=not fed["said"])
+        found = normalisation.of_files(path, defaults=not fed["said"])
     except (OSError, ValueError) as error:
         return f"{fed['at']}: what {path} says of its pixels can't be read: {str(error).splitlines()[0]}", "download it again"
     if found is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_ray.schema import registered
-from grid.colours import kind_of, object_in
+from grid.normalisation import kind_of, object_in
 from grid.profile import Encoder, Model
 
 Refusal = tuple[str, str, str]

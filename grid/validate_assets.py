@@ -8,7 +8,7 @@ from datasets_ray.benchmarks import DERIVED
 from datasets_ray.errors import nearest
 from datasets_ray.schema import Reader
 from grid import shapes, towers
-from grid.colours import kind_of
+from grid.normalisation import kind_of
 from grid.profile import ROWS, Data, Encoder, Image, Model, Profile
 from grid.validate_profile import registered
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_data
+
 ROOMS = {"grid": 3, "trainers": 2, "datasets_ray": 1}
 FORBIDDEN = {"trainers": {"mlflow", "yaml"}, "datasets_ray": {"torch", "mlflow", "yaml", "deepspeed"}}
 """`datasets_ray` may not import torch even inside functions; `ray.tune` is checked apart."""
@@ -82,5 +84,5 @@ def test_importing_is_light(module: str, repository: Path) -> None:
 def test_no_paths_of_this_machine(repository: Path) -> None:
     kinds, skipped = {".py", ".md", ".yaml", ".toml", ".csv", ".json"}, {".venv", ".git", "runs", ".cache"}
     ours = [p for p in repository.rglob("*") if p.suffix in kinds and p.is_file() and not skipped & set(p.parts)]
-    names = ("/work/" + "main", "/work/" + "shared", "/tmp/" + "bash_jobs")
+    names = [str(place.resolve()) for place in (repository, Path.home() / ".cache", find_data()) if place is not None]
     assert not [str(p) for p in ours if any(name in p.read_text(errors="ignore") for name in names)]

@@ -24,22 +24,22 @@ from typing import Any
 from datasets_ray.schema import Reader
 from grid.profile import CLIP, IMAGENET, SIGLIP, Encoder, Image, Model, Profile
 
-Colours = tuple[tuple[float, ...], tuple[float, ...]]
+Pair = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, standard deviation), three channels each."""
-NAMES: tuple[tuple[str, str, Colours], ...] = (
+NAMES: tuple[tuple[str, str, Pair], ...] = (
     ("laion/clip-vit-l-14-laion2b-s32b-b82k", "", SIGLIP),
     ("google/siglip*", "siglip", SIGLIP), ("facebook/dinov2*", "dinov2", IMAGENET),
     ("openai/clip-*", "clip", CLIP), ("laion/clip-*", "", CLIP), ("apple/dfn*", "", CLIP), ("facebook/metaclip*", "clip", CLIP),
     ("timm/*_clip_*.openai", "", CLIP), ("llava-hf/llava-*", "llava", CLIP),
 )  # fmt: skip
-"""Hub names in small letters, their `model_type` where all have one, their colours: by their model cards and open_clip's pretrained.py,
+"""Hub names in small letters, their `model_type` where all have one, their numbers: by their model cards and open_clip's pretrained.py,
 where one of LAION's isn't as its others."""
-KINDS: tuple[tuple[str, Colours], ...] = (("siglip", SIGLIP), ("dinov2", IMAGENET))
+KINDS: tuple[tuple[str, Pair], ...] = (("siglip", SIGLIP), ("dinov2", IMAGENET))
 FILES = ("preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 
 
 def fill(profile: Profile, reader: Reader) -> dict[str, str]:
-    """Dotted path of each image → who says its colours. Files that can't be read are told to the reader."""
+    """Dotted path of each image → who says its numbers. Files that can't be read are told to the reader."""
     said = {}
     for path, asset in _seeing(profile):
         image = asset.image
@@ -81,8 +81,8 @@ def kind_of(asset: Encoder) -> str:
     return str(object_in(Path(asset.checkpoint) / "config.json").get("model_type") or "")
 
 
-def of_files(folder: Path, defaults: bool = True) -> tuple[str, Colours] | None:
-    """(file, colours) that a checkpoint's directory gives its pixels; None where it says nothing. Raises ValueError for a damaged file.
+def of_files(folder: Path, defaults: bool = True) -> tuple[str, Pair] | None:
+    """(file, pair) that a checkpoint's directory gives its pixels; None where it says nothing. Raises ValueError for a damaged file.
     defaults: an open_clip export that names no numbers has open_clip's own."""
     for name in FILES:
         if not (folder / name).is_file():
@@ -110,7 +110,7 @@ def _seeing(profile: Profile) -> Iterator[tuple[str, Encoder | Model]]:
             yield f"models.{name}.image", model
 
 
-def _told(asset: Encoder | Model, path: str, reader: Reader) -> tuple[Colours, str]:
+def _told(asset: Encoder | Model, path: str, reader: Reader) -> tuple[Pair, str]:
     folder = Path(asset.checkpoint) if asset.checkpoint and os.path.isdir(asset.checkpoint) else None
     if folder is not None:
         try:
@@ -120,9 +120,9 @@ def _told(asset: Encoder | Model, path: str, reader: Reader) -> tuple[Colours, s
             why, hint = str(error).splitlines()[0], "download it again, or write `mean` and `std`"
             reader.error(f"{path}: what {folder} says of its pixels can't be read", why=why, hint=hint, at=path)
     kind = kind_of(asset) if isinstance(asset, Encoder) else _tower(asset)
-    for start, colours in KINDS:
+    for start, pair in KINDS:
         if kind.startswith(start):
-            return colours, "kind"
+            return pair, "kind"
     if asset.checkpoint is None:
         return CLIP, "fresh"
     known = None if folder is not None else _by_name(asset.checkpoint)[1]
@@ -138,8 +138,8 @@ def _tower(model: Model) -> str:
     return ""
 
 
-def _by_name(checkpoint: str) -> tuple[str, Colours | None]:
-    return next(((kind, colours) for known, kind, colours in NAMES if fnmatchcase(checkpoint.lower(), known)), ("", None))
+def _by_name(checkpoint: str) -> tuple[str, Pair | None]:
+    return next(((kind, pair) for known, kind, pair in NAMES if fnmatchcase(checkpoint.lower(), known)), ("", None))
 
 
 def object_in(file: Path) -> dict[str, Any]:

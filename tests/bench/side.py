@@ -1,7 +1,7 @@
 """One side of a comparison as a process of its own, which answers one request at a time.
 
-    ours = Side("tests.bench.step:Ours", shape="logits-heavy")      the class, made there with these arguments
-    ours.ask("train", rows)                                         its method's result (JSON)
+    ours = Side("tests.bench.scoring:Ours", folder="...")          the class, made there with these arguments
+    ours.ask("predict", "first_token")                              its method's result (JSON)
 
 So two sides take turns without warming, filling or slowing each other, and each has a peak of memory of its own.
 """
